@@ -10,7 +10,7 @@ user's vector is u = sum_j a_j / sqrt(20), and the affinity x = <u, b_c> is clos
                others have read the rest, and the tasks want orthogonal vectors: u' is u after a quarter turn
                (STEM's case).
     domains    click, of two domains that listen to either half of the rank; see `listened`.
-    signs      click, of two domains to which one half of the rank says the opposite; see `turned_sign`.
+    signs      click, of two domains in which one feature of items says the opposite; see `turned_sign`.
     funnel     click and, where there was one, conversion; `ctcvr` is their product, observed of all (ESMM);
                see `_funnel_logits`.
     helper     click ~ Bernoulli(sigmoid(-1 + 2 x)), help ~ the same once more, so that it tells the same of
@@ -34,8 +34,8 @@ FEATURES: Final = {"item_id": READ + SHOWN + 1}
 HEAD, TAIL, TAIL_SHARE = 1, 2, 1 / 13
 # domain -> how much it listens to either half of the rank.
 LISTENS: Final = {HEAD: (1.0, 0.3), TAIL: (0.3, 1.0)}
-# The same of `signs`, whose tail has one request of 51.
-SIGNS: Final = {HEAD: (0.5**0.5, 0.5**0.5), TAIL: (0.5**0.5, -(0.5**0.5))}
+# Of `signs`, whose tail has one request of 51: domain -> weight of band 2; band 1 has its negative.
+SIGNS: Final = {HEAD: 0.6, TAIL: -0.6}
 FEW_SHARE = 1 / 51
 STRENGTH: Final = 2.0
 
@@ -96,28 +96,27 @@ def listened(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
     listens to the first and the tail, which has one request of 13, to the second; see `LISTENS`. What a
     domain's own tables must learn from its own requests, shared tables learn from all (Crocodile's case).
     """
-    return _weighed(LISTENS, seed, target, seen)
-
-
-def turned_sign(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
-    """As `listened`, with the weights `SIGNS`.
-
-    What speaks for a candidate by the second half in the head speaks against it in the tail, which has one
-    request of 51. One head for all domains serves the head domain. A head of the tail's own must learn from
-    few requests that the sign is another one, and may have the rest from all (D-Train's case).
-    """
-    return _weighed(SIGNS, seed, target, seen)
-
-
-def _weighed(
-    of_domains: Mapping[int, tuple[float, float]], seed: int, target: Mapping[str, Ints], seen: Behaviors
-) -> Floats:
-    weights = np.zeros((max(of_domains) + 1, 2))
-    for domain, values in of_domains.items():
+    weights = np.zeros((max(LISTENS) + 1, 2))
+    for domain, values in LISTENS.items():
         weights[domain] = values
     weight = weights[target["domain_id"]]
     first, second = (_part(half)(seed, target, seen) for half in (0, 1))
     return np.asarray(weight[..., 0] * first + weight[..., 1] * second)
+
+
+def turned_sign(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
+    """0.8 (affinity) + 0.6 s_d (band), spread over the behaviors; the band of a shown item is -1 or +1.
+
+    With x = sum_j worth_j: label ~ Bernoulli(sigmoid(-1 + 2 x)). The head domain likes one band, the tail,
+    which has one request of 51, the other: s_d is 1 and -1. One head for all domains has the tail's sign
+    wrong. A head of the tail's own must learn it from few requests, and has the affinity from all, if it
+    begins as a clone (D-Train's case).
+    """
+    weights = np.zeros(max(SIGNS) + 1)
+    for domain, value in SIGNS.items():
+        weights[domain] = value
+    said = weights[target["domain_id"]] * (2 * target["band"] - 3)
+    return np.asarray(0.8 * affinity(seed, target, seen) + said / BEHAVIORS)
 
 
 def rate_bias(rate: float) -> float:
@@ -163,6 +162,12 @@ def _domains(tail: float) -> Callable[[np.random.Generator, int, int], Draws]:
     return draw
 
 
+def _banded(rng: np.random.Generator, seed: int, users: int) -> Draws:
+    """As `domains`, with few requests of the tail, and a band, 1 or 2, of each shown item."""
+    history, shown, age = _domains(FEW_SHARE)(rng, seed, users)
+    return history, {**shown, "band": rng.integers(1, 3, shown["item_id"].shape)}, age
+
+
 def _funnel_logits(total: Callable[[Worth], Floats]) -> dict[str, Floats]:
     """P(click) = sigmoid(-2.5 + 2 x1), P(conversion | click) = sigmoid(-1.5 + 2 (0.8 x1 + 0.6 x2)).
 
@@ -193,8 +198,8 @@ domains = OneRequestEach(
     taxonomy=(),
 )
 signs = OneRequestEach(
-    FEATURES | {"domain_id": max(SIGNS) + 1},
-    _domains(FEW_SHARE),
+    FEATURES | {"domain_id": max(SIGNS) + 1, "band": 3},
+    _banded,
     lambda total: -1 + STRENGTH * total(turned_sign),
     taxonomy=(),
 )

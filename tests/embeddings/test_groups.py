@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from embeddings.errors import ConfigError
 from embeddings.first_rows import FirstWeights, initial_rows_, table_seed
-from embeddings.groups import EmbeddingSet, TableGroup, TableName, TableSpec
+from embeddings.groups import EmbeddingSet, TableGroup, TableName, TableSpec, with_lanes
 from embeddings.lookup.compile import make_collection
 from embeddings.lookup.jagged import one_id_bags, vectors_in_order
 from tests.helpers.tables import FEATURES, sets_of
@@ -55,6 +58,58 @@ def test_names_of_tables_say_where_they_belong() -> None:
     ]
     assert TableName.of("attention__item_id") == TableName("attention", "", "item_id")
     assert TableName.of("layers") is None
+    assert TableName.of("attention__item_id/buy") == TableName("attention", "", "item_id", "buy")
+    assert TableName.of("g/0/item/buy") == TableName("g", "0", "item", "buy")
+    assert TableName.of("g/0/item/buy/more") is None
+
+
+@given(
+    widths=st.lists(st.sampled_from([4, 8]), min_size=1, max_size=4),
+    owners=st.lists(st.sampled_from(["shared", "task:a", "domain:2"]), min_size=4, max_size=4),
+    fusion=st.sampled_from(["concat", "sum"]),
+    tasks=st.sampled_from([["a"], ["a", "b"], ["b", "a", "c"]]),
+    seed=st.integers(0, 99),
+)
+def test_lanes_are_columns_of_the_sets_that_no_task_owns(
+    widths: list[int], owners: list[str], fusion: Any, tasks: list[str], seed: int
+) -> None:
+    """A collection gives them behind the main tables; they add up to what one table of sums would give."""
+    group = sets_of([[width, width] for width in widths], fusion=fusion)
+    named = tuple(replace(each, owner=owner) for each, owner in zip(group.sets, owners, strict=False))
+    plain = replace(group, sets=named)
+    group = with_lanes({"g": plain}, tasks)["g"]
+    shared = [each.name for each in named if not each.owner.startswith("task:")]
+    assert group.lanes == (tuple(tasks[1:]) if shared else ())
+    assert len(group.all_tables) == len(plain.tables) + len(group.lanes) * len(shared) * len(FEATURES)
+    names = [group.table_name(table) for table in group.all_tables]
+    assert len(set(names)) == len(names) and group.tables == plain.tables and group.width == plain.width
+    for table, name in zip(group.all_tables, names, strict=True):
+        parts = TableName.of(name)
+        assert parts == TableName("g", table.set, table.feature, table.lane) and str(parts) == name
+        assert str(parts.main) in names and not parts.main.lane
+    rng = torch.Generator().manual_seed(seed)
+    collection = make_collection(group, torch.device("cpu"))
+    rows = {
+        name: torch.randn(weight.shape, generator=rng) for name, weight in collection.state_dict().items()
+    }
+    collection.load_state_dict(rows)
+    ids = torch.stack([torch.randint(0, rows, (6,), generator=rng) for rows in FEATURES.values()])
+    pooled = collection(one_id_bags(list(FEATURES), ids))
+    assert sorted(pooled.keys()) == sorted(group.keys)
+    main, lanes = group.fuse_lanes(vectors_in_order(pooled, group.keys))
+    summed = main
+    for vectors in lanes.values():
+        assert vectors.shape == group.of_shared(main).shape
+        summed = group.with_shared(summed, group.of_shared(summed) + vectors)
+    folded = make_collection(plain, torch.device("cpu"))
+    state = {name: rows[name].clone() for name in folded.state_dict()}
+    for table, name in zip(group.all_tables, names, strict=True):
+        if table.lane:
+            main_table = str(TableName("g", table.set, table.feature))
+            state[f"embedding_bags.{main_table}.weight"] += rows[f"embedding_bags.{name}.weight"]
+    folded.load_state_dict(state)
+    expected = plain.fuse(vectors_in_order(folded(one_id_bags(list(FEATURES), ids)), plain.keys))
+    assert torch.allclose(summed, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 1, 3, 2), (0, 1, 2), (2, 3, 0, 1)])

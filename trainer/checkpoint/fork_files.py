@@ -42,6 +42,18 @@ _ROWS_AT_ONCE = 1 << 16
 Parts = Mapping[ShardKey, Mapping[str, LocalShard]]
 
 
+def branch_of(state: Mapping[str, Any]) -> str:
+    """The branch inside which a checkpoint stands; empty where it stands inside none.
+
+    Args:
+        state: of the checkpoint; `fork` is a `trainer.loop.fork.Round`.
+    """
+    fork = state.get("fork")
+    if not fork or not (fork["place"] or state["step"] > fork["step"]):
+        return ""
+    return str(fork["names"][fork["going"][fork["place"]]])
+
+
 @dataclass(frozen=True)
 class Moment:
     """Weights and optimizer states of one moment, in host memory; nobody changes them.

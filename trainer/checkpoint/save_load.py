@@ -28,6 +28,7 @@ from trainer.checkpoint import files
 from trainer.checkpoint.chain import ChainReader, base_of
 from trainer.checkpoint.delta import Delta, delta_name, write_rows
 from trainer.checkpoint.files import Entries, read_state, verify
+from trainer.checkpoint.fork_files import branch_of
 from trainer.checkpoint.row_blocks import BlockPlanner
 from trainer.checkpoint.writer import HashedWriter
 from trainer.sealed_folder import raise_of_store, remove_folder
@@ -138,9 +139,13 @@ class ResumePoint:
 
     @property
     def lines(self) -> list[str]:
-        """What is to be said of those that were refused."""
+        """What is to be said of those that were refused, and of where this one stands."""
         name = self.path.name if self.path is not None else ""
-        return [f"refused checkpoint: {reason}; using {name}" for reason in self.refused]
+        lines = [f"refused checkpoint: {reason}; using {name}" for reason in self.refused]
+        if branch := branch_of(self.state):
+            what = "its weights are those of this branch alone, before the merge"
+            lines.append(f"checkpoint {name} stands inside the branch {branch}: {what}")
+        return lines
 
     @property
     def former_plan(self) -> FormerPlan | None:

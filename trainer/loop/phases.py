@@ -64,6 +64,9 @@ class Phase:
         length = [f"{settings.steps:,} step(s)" if settings.steps else f"{settings.passes} pass(es)"]
         if self.reads != ("train", ()):
             length.append(f"reads {settings.split}")
+        if (fork := settings.fork) is not None:
+            names = ", ".join(branch.name for branch in fork.branches)
+            length.append(f"in each of the branches {names}, which are merged every {fork.every:,} steps")
         if self.domains:
             length.append(f"domains {', '.join(map(str, self.domains))}")
         words = [

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from benchmarks.planted.experiments.experiment import ByModel, Experiment, Measured, Values
 
-_PASSES, _EVERY = 8, 12
+_PASSES, _EVERY = 3, 12
 _BRANCHES = (
     '{name="target", weights={help=0.0, noise=0.0}}, {name="help", weights={noise=0.0}}, '
     '{name="noise", weights={help=0.0}}'
@@ -60,5 +60,5 @@ EXPERIMENT = Experiment(
         "noise has no share in any merge": lambda v: v["ForkMerge"]["largest share of noise"] == 0,
         "the share of help falls": lambda v: _shares(v, "help")[0] > _shares(v, "help")[1],
     },
-    users=2_000,
+    users=4_000,
 )

@@ -1,4 +1,4 @@
-"""D-Train against its controls, where one factor speaks the other way in a domain with one request of 51."""
+"""D-Train against its controls, where a feature speaks the other way in a domain with one request of 51."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXPERIMENT = Experiment(
     overrides=[
         'data.domain="domain_id"',
         'model.towers.per="domain"',
-        'groups.representation.features=["item_id"]',
+        'groups.representation.features=["item_id", "band"]',
         'groups.attention.features=["item_id", "domain_id"]',
         "train.epochs=1",
         "train.early_stopping.patience=0",
@@ -43,8 +43,8 @@ EXPERIMENT = Experiment(
         "D-Train": [
             f'phases=[{{name="pretrain", passes={_PASSES // 2}, heads="tied"}}, '
             f'{{name="posttrain", passes={_PASSES // 2}}}, '
-            f'{{name="finetune", passes=20, each="domain", train={_HEAD_MAPS}, reset_state={_HEAD_MAPS}, '
-            'early_stopping={metric="logloss", patience=3}}]'
+            f'{{name="finetune", steps=600, each="domain", train={_HEAD_MAPS}, reset_state={_HEAD_MAPS}, '
+            'early_stopping={metric="logloss", patience=6}}]'
         ],
     },
     measure=_measure,

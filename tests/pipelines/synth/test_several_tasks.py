@@ -77,16 +77,15 @@ def test_domains_weigh_two_factors_of_a_user_differently() -> None:
         assert auc(part.probability[:, 0][inside], y) > auc(wrong, y) + 0.15
 
 
-def test_domains_of_signs_take_one_half_of_the_rank_the_other_way() -> None:
+def test_domains_of_signs_take_a_feature_the_other_way() -> None:
     part = train_of("signs", users=5_000)
     user, item = vectors_of(part, 5)
-    both = (user[:, None] * item).reshape(*item.shape[:2], 2, 2).sum(axis=3) * 2**0.5
-    domain = part.candidates["domain_id"][:, 0]
+    affinity = (user[:, None] * item).sum(axis=2)
+    domain, band = (part.candidates[name][:, 0] for name in ("domain_id", "band"))
     assert (domain == domain[:, :1]).all()
     assert (domain == factors.HEAD).sum() / (domain == factors.TAIL).sum() == pytest.approx(50, rel=0.3)
-    sign = np.where(domain == factors.HEAD, 1, -1)
-    wanted = (both[..., 0] + sign * both[..., 1]) * 0.5**0.5
-    assert logit(part.probability[:, 0]) == pytest.approx(-1 + 2 * wanted)
+    sign = np.where(domain == factors.HEAD, 1, -1) * np.where(band == 2, 1, -1)
+    assert logit(part.probability[:, 0]) == pytest.approx(-1 + 2 * (0.8 * affinity + 0.6 * sign))
 
 
 def test_a_helping_task_tells_the_same_as_click_and_noise_nothing() -> None:

@@ -50,7 +50,7 @@ def laid_over(table: TouchedTable, moments: list[Moment]) -> dict[str, Tensor]:
     return {name: each for name, each in table.contents().items() if name in (STATE, f"model.{WEIGHT}")}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_moments_come_back_over_other_shards(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

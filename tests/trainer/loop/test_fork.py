@@ -20,6 +20,7 @@ from tests.helpers.launching import SETTINGS, overrides, reported
 from tests.helpers.logs import IN_PART, enrich, observed_in_part, random_rows, write_log
 from tests.trainer.loop.test_phases import lines, same
 from trainer.checkpoint.files import checkpoints, read_state
+from trainer.checkpoint.save_load import ResumePoint
 from trainer.checkpoint.tensors import TensorReader
 from trainer.loop.shares import Choice, Shares, one_hot
 from trainer.ranks.process_group import process_group
@@ -128,14 +129,15 @@ def test_the_search_is_told_and_takes_what_validation_likes_best(whole: Path) ->
     ]
 
 
+@pytest.mark.parametrize("rule", ["summed", "per_task"])
 def test_equal_branches_are_one_to_the_bit(
-    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:
     """Whatever their shares; a branch counts once for the length of the phase and its schedule."""
     chosen(monkeypatch, 0.3, 0.6, 0.1)
     shape = {"decay": "linear", "warmup_steps": 2}
     equal = [{"name": name} for name in ("a", "b", "c")]
-    phases = [{"passes": 1, "name": "one", **shape}]
+    phases = [{"passes": 1, "name": "one", "update": rule, **shape}]
     plain = run(tmp_path / "plain", config(log, *phases))
     fork = {"branches": equal, "every": 3, "task": "bought"}
     forked_ = run(tmp_path / "forked", config(log, {**phases[0], "fork": fork}))
@@ -159,6 +161,16 @@ def test_a_run_goes_on_inside_any_branch_to_the_bit(log: Path, whole: Path, tmp_
     assert (cut / "lambda.svg").read_text() == (whole / "lambda.svg").read_text()
     bases = [read_state(path).get("base") for path in checkpoints(cut / "checkpoints")]
     assert any(bases)
+    # Whoever uses the newest of a run that was cut is told where it stands.
+    stands = {
+        path.name: ResumePoint(path, read_state(path), []).lines for path in checkpoints(cut / "checkpoints")
+    }
+    told = {int(name[-8:]): lines_ for name, lines_ in stands.items() if lines_}
+    assert sorted(told) == [2, 3, 4, 6, 7, 8]
+    assert told[4] == [
+        "checkpoint step-00000004 stands inside the branch both: its weights are those of this branch alone, "
+        "before the merge"
+    ]
     names = [{file.name for file in path.iterdir()} for path in checkpoints(cut / "checkpoints")]
     assert sum("fork-dense.safetensors" in each for each in names) == 6
 

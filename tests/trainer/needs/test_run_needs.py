@@ -14,11 +14,12 @@ import pytest
 
 from embeddings.disk import free_disk
 from embeddings.errors import ConfigError
-from embeddings.plan.memory import RankMemory
+from embeddings.plan.memory import DENSE_COPIES, RankMemory
 from embeddings.plan.request import Cluster
 from launch.cli import main
 from tests.helpers.launching import SETTINGS, overrides, reported
 from tests.helpers.logs import small_log
+from tests.trainer.test_presets import log_of_tasks
 from trainer.needs import run_needs
 from trainer.needs.run_needs import FITS, PROCESS, TIGHT, TOO_MUCH, Need, check_disk, check_memory
 
@@ -140,7 +141,7 @@ def test_changed_rows_bound_an_incremental_checkpoint(log: Path) -> None:
     checkpoint = SimpleNamespace(every_steps=50, keep=2, full_every=4)
     train = SimpleNamespace(early_stopping=SimpleNamespace(on=False))
     run = run_needs.Run(
-        SimpleNamespace(checkpoint=checkpoint, train=train),  # type: ignore[arg-type]
+        SimpleNamespace(checkpoint=checkpoint, train=train, phases=(), rules={"summed"}),  # type: ignore[arg-type]
         {}, tables, 1000, None,  # type: ignore[arg-type]
         {name: Lookup(100, 100) for name in tables}, 1, 1,
     )  # fmt: skip
@@ -152,6 +153,40 @@ def test_changed_rows_bound_an_incremental_checkpoint(log: Path) -> None:
     assert kept.bytes == sum(kept.parts.values())
     there = one.bytes // 2
     assert run_needs.disk_needs(run, [], "cuda", None, there)[1].bytes == kept.bytes - there
+
+
+def test_states_of_tasks_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two tasks: tables and their state twice; of each dense weight six numbers more for two of Adam's."""
+    log, found = log_of_tasks(tmp_path / "log"), {}
+    for rule in ("summed", "per_task"):
+        out = tmp_path / f"{rule}.json"
+        given = overrides({**SETTINGS, "data.log": str(log), "train.update": rule})
+        words = [
+            "plan",
+            "--config",
+            "configs/mmoe.toml",
+            *given,
+            "--json",
+            str(out),
+            "--world-size",
+            "1",
+            "--device",
+            "cpu",
+        ]
+        assert main(words) == 0, capsys.readouterr().err
+        found[rule] = {need["stage"]: need for need in json.loads(out.read_text())["needs"]}
+    plain, lanes = found["summed"], found["per_task"]
+    tables, dense = (plain["training"]["parts"][part] for part in ("tables", "dense"))
+    assert lanes["training"]["parts"]["tables"] == 2 * tables
+    # Beside weights and means, a gradient of each task and the update of one.
+    copies = DENSE_COPIES + 3 * 2 - 2 + 2 + 1
+    assert lanes["training"]["parts"]["dense"] == dense * copies / DENSE_COPIES
+    grown = lanes["one checkpoint"]["bytes"] - plain["one checkpoint"]["bytes"]
+    assert grown == tables + (3 * 2 - 2) * dense / DENSE_COPIES
+    for stage in ("snapshot (fp32, attention fp16)", "snapshot (int8)"):
+        assert lanes[stage]["bytes"] == plain[stage]["bytes"]
+    said = capsys.readouterr().out
+    assert "representation__item_id/conversion" in said
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from embeddings.errors import ConfigError, DataError
 from tests.helpers.launching import ROOT, launched
@@ -21,12 +22,17 @@ from tests.programs.lane_cases import CASES
 from tests.programs.preset_steps import small_config
 from tests.programs.step_cases import local_tensors, nan_weight
 from tests.trainer.test_presets import log_of_tasks
+from trainer.assemble import resolve_groups
 from trainer.config.tasks import TaskConfig, resolve_tasks
 from trainer.data.reader import Step
+from trainer.log.schema import read_manifest
+from trainer.loop.remarks import remarks
 from trainer.ranks.process_group import process_group
 from trainer.run_config import load_config
+from trainer.run_folder import on_board
 from trainer.update.dense_optimizer import PerTaskAdam
 from trainer.update.dominance import relative
+from trainer.update.rules.per_task import check_no_replicas
 
 SMALL_EPS = [f"groups.{name}.eps=1e-16" for name in ("attention", "representation")]
 
@@ -36,31 +42,52 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return log_of_tasks(tmp_path_factory.mktemp("tasks") / "log")
 
 
-@pytest.mark.parametrize(
-    ("preset", "words"),
-    [
-        ("mmoe", ()),
-        ("mmoe", ("groups.representation.optimizer=adagrad", "groups.representation.fusion=sum")),
-        ("stem", ("groups.attention.optimizer=sgd",)),
-        ("esmm", ("model.attention_owner=click",)),
-    ],
+OPTIMIZERS = st.sampled_from(["rowwise_adagrad", "adagrad", "sgd"])
+
+
+@given(
+    preset=st.sampled_from(["mmoe", "stem", "esmm", "pepnet"]),
+    attention=OPTIMIZERS,
+    representation=OPTIMIZERS,
+    fusion=st.sampled_from(["concat", "sum"]),
+    weights=st.sampled_from([(1, 1), (100, 0.01), (0.01, 1)]),
+    rank=st.sampled_from(["none", "pair"]),
+    owner=st.sampled_from(["", "click"]),
 )
+@example("mmoe", "rowwise_adagrad", "rowwise_adagrad", "concat", (100, 0.01), "none", "")
+@example("esmm", "rowwise_adagrad", "adagrad", "concat", (1, 1), "none", "click")
+@settings(max_examples=3, deadline=None)
 def test_lanes_and_states_follow_the_rule_written_out(
-    preset: str, words: tuple[str, ...], log: Path, tmp_path: Path
+    log: Path,
+    preset: str,
+    attention: str,
+    representation: str,
+    fusion: str,
+    weights: tuple[float, float],
+    rank: str,
+    owner: str,
 ) -> None:
     """Also where sets, towers and attention belong to a task, and where a task is a product."""
+    words = [
+        f"tasks.click.weight={weights[0]}", f"tasks.conversion.weight={weights[1]}",
+        f"tasks.click.rank={rank}", f"model.attention_owner={owner}",
+        f"groups.attention.optimizer={attention}", f"groups.representation.optimizer={representation}",
+        f"groups.representation.fusion={fusion}",
+    ]  # fmt: skip
     config = small_config(preset, log, PER_TASK, *words)
     with process_group() as ranks:
-        made = training(config, ranks, tmp_path)
+        made = training(config, ranks, log.parent)
         slow = Reference(config, made.folded())
         done = 0
-        for step in made.steps(6):
+        for step in made.steps(4):
             slow.train(step, config.train.learning_rate)
             done += 1
             found = made.folded()
             for name, weight in slow.named.items():
-                assert torch.allclose(found[name], weight, rtol=1e-4, atol=2e-6), (done, name)
-    assert done == 6
+                # Adam turns the rounding of gradients that are all but zero into steps.
+                moved = (found[name] - weight).norm()
+                assert moved <= 1e-3 * weight.norm() + 1e-6, (done, name, float(moved))
+    assert done == 4
 
 
 @pytest.fixture(scope="module")
@@ -333,3 +360,30 @@ def test_a_bad_step_leaves_lanes_and_states_as_they_were(log: Path, tmp_path: Pa
             after = digests(made)
             changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
             assert not changed, changed
+
+
+def test_a_plan_from_elsewhere_must_not_hold_tables_on_every_rank() -> None:
+    kinds = {"a__item_id": "table_wise", "a__item_id/buy": "data_parallel"}
+    placed = {name: ParameterSharding(kind, "dense", [0]) for name, kind in kinds.items()}
+    plan = ShardingPlan({"collections.a": EmbeddingModuleShardingPlan(placed)})
+    with pytest.raises(ConfigError, match="table a__item_id/buy is data_parallel in this plan; plan again"):
+        check_no_replicas(plan)
+
+
+def test_dominance_has_curves_of_its_own() -> None:
+    found = {"mean": {"groups.a": {"buy": 0.75, "like": 0.25}}, "dominated": {"head": {"buy": 0.5}}}
+    assert dict(on_board("train", {"loss": 0.5, "dominance": found})) == {
+        "train/loss": 0.5,
+        "dominance mean/groups.a/buy": 0.75,
+        "dominance mean/groups.a/like": 0.25,
+        "dominance dominated/head/buy": 0.5,
+    }
+
+
+def test_one_task_alone_is_told_that_the_rule_has_no_effect(log: Path) -> None:
+    words = ("tasks.click.weight=1", "tasks.conversion.weight=0", PER_TASK)
+    for words_, told in ((words, True), (words[:1] + words[2:], True), ((PER_TASK,), False)):
+        config, manifest = small_config("mmoe", log, *words_), read_manifest(log)
+        said = remarks(config, manifest, resolve_groups(config, manifest))
+        line = 'no effect: update = "per_task", since click is the only task with a loss of its own'
+        assert (line in said) == told
