@@ -35,9 +35,6 @@ from benchmarks.models import (
     seeds_of,
 )
 
-# The loss of training is a mean over so many of a pass's last lines of metrics.jsonl.
-_LINES = 30
-
 
 class Schedule(NamedTuple):
     """One phase after others.
@@ -113,21 +110,27 @@ def run(name: str, seed: int, given: Any) -> Record:
     shutil.rmtree(folder, ignore_errors=True)
     if before:
         shutil.copytree(out / f"{before}-{seed}", folder)
+        (folder / "summary.json").unlink()
     with redirect_stdout(io.StringIO()):
         settings = (f"data.log={given.log.absolute()}", f"train.seed={seed}", "checkpoint.every_steps=0")
         train(config, folder, [*given.overrides, *settings])
-        for split in SPLITS:
-            evaluate(folder, split)
+        # A run that a signal has stopped has no summary. What validation says is in it already.
+        if (folder / "summary.json").exists():
+            evaluate(folder, "test")
+        else:
+            raise SystemExit(f"{folder.name} was stopped; the same command begins it again")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines if line["split"] == "train"]
+    trained = [line for line in lines if line["split"] == "train"]
+    # The last quarter of its last pass: what the model says of candidates just before it learns them.
+    losses = [line["loss"] for line in trained if line["phase"] == trained[-1]["phase"]]
     kept = {key: summary[key] for key in (*SPLITS, "samples", "steps", "cpu_s", "versions")}
     return {
         "name": key_of(name, seed, given),
         "schedule": name,
         "seed": seed,
         "threads": 1,
-        "loss": fmean(losses[-_LINES:]),
+        "loss": fmean(losses[-max(1, len(losses) // 4) :]),
         **kept,
     }
 
