@@ -20,7 +20,7 @@ from trainer.quality.baselines import by_baseline, counted_feature
 from trainer.quality.domains import SplitMetrics
 from trainer.quality.evaluate import scored_split, shared_metrics
 from trainer.quality.metrics import entry_of
-from trainer.quality.overlap import LEAST_OVERLAP, Overlap, overlap_lines, too_small
+from trainer.quality.overlap import LEAST_OVERLAP, Overlap, too_small
 from trainer.quality.scored import Scores
 from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import Ranks, process_group, sum_counts
@@ -71,7 +71,7 @@ def evaluate(
 def _overlap(restored: RestoredModel, reader: SequenceLogReader, ranks: Ranks) -> dict[str, float]:
     """Branch -> how much the search of averaged weights keeps of that of raw ones, on the first candidates of
     the split; said, and collective."""
-    overlap, seen = Overlap(restored.config.model), 0
+    overlap, seen = Overlap(restored.config.model, choices=True), 0
     if not overlap:
         return {}
     model = restored.sharded.model.module
@@ -91,7 +91,7 @@ def _overlap(restored: RestoredModel, reader: SequenceLogReader, ranks: Ranks) -
         overlap.counts[name] = sum_counts(count)
     shares = overlap.shares()
     if ranks.speaks:
-        print("\n".join(overlap_lines(shares, f"{seen:,} candidates of {reader.split}")), flush=True)
+        print("\n".join(overlap.lines(f"{seen:,} candidates of {reader.split}")), flush=True)
         for name in too_small(shares):
             print(f"below {LEAST_OVERLAP:.0%} in {name}: export refuses these averaged weights", flush=True)
     return shares

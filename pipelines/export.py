@@ -30,7 +30,7 @@ from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.log.vocabulary import stream_values
-from trainer.quality.overlap import LEAST_OVERLAP, Overlap, overlap_lines, too_small
+from trainer.quality.overlap import LEAST_OVERLAP, Overlap, too_small
 from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config
@@ -268,7 +268,7 @@ def _check_overlap(
     Raises:
         SnapshotError: it keeps too few of the same.
     """
-    overlap = Overlap(run.config.model)
+    overlap = Overlap(run.config.model, choices=True)
     averaged = [trainer.search(batch) for batch in batches] if overlap else []
     if not averaged:
         return
@@ -277,7 +277,7 @@ def _check_overlap(
         overlap.add(trainer.search(batch), own)
     trainer.put(run.averages)
     shares, candidates = overlap.shares(), sum(batch.candidates for batch in batches)
-    print("\n".join(overlap_lines(shares, f"{candidates:,} candidates of {run.split}")), flush=True)
+    print("\n".join(overlap.lines(f"{candidates:,} candidates of {run.split}")), flush=True)
     if names := too_small(shares):
         raise SnapshotError(
             part,

@@ -47,7 +47,7 @@ from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
 from trainer.loop.loop import Trainer
-from trainer.loop.phases import Phase, branches_of, phases_for, place_of_phase
+from trainer.loop.phases import Phase, branches_of, check_measured, phases_for, place_of_phase
 from trainer.loop.pipeline import kind_for
 from trainer.loop.remarks import remarks
 from trainer.loop.stage import Supply
@@ -202,10 +202,9 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     validation = None
     if manifest.holds("validation"):
         validation = open_split(config, "validation", rows, ranks, limit=config.train.validate_candidates)
-    if (
-        resume.path is not None
-        and phases[place_of_phase(phases, resume.state, resume.path.name)].reads == _ALL
-    ):
+    check_measured(phases, validation)
+    where = "" if resume.path is None else resume.path.name
+    if resume.path is not None and phases[place_of_phase(phases, resume.state, where)].reads == _ALL:
         check_same_order(resume.path, resume.state, train.order, config.data.log)
     for problem in [*train.skipped, *(validation.skipped if validation else [])]:
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)

@@ -177,6 +177,8 @@ class Saver:
             links: deltas since the last full one.
         """
         self._base, self._links = path, links
+        # A save under way is of weights that are no longer there.
+        self._follow_next = False
         if self._touched is not None:
             self._touched.take()
 

@@ -53,8 +53,10 @@ class Best:
         return config.on and self.fruitless >= config.patience
 
 
-def watched(config: EarlyStoppingConfig, tasks: Collection[str]) -> tuple[str, ...]:
-    """The tasks whose metric counts.
+def watched(
+    config: EarlyStoppingConfig, tasks: Collection[str], where: str = "train.early_stopping"
+) -> tuple[str, ...]:
+    """The tasks whose metric counts; `where`: the key of the config, for messages.
 
     Raises:
         ConfigError: there is no task of that name.
@@ -63,24 +65,29 @@ def watched(config: EarlyStoppingConfig, tasks: Collection[str]) -> tuple[str, .
         return tuple(tasks)
     if config.task and config.task not in tasks:
         hint = hint_of(config.task, tasks, f'it is one of {", ".join(tasks)}, or "*" for the mean over them')
-        raise ConfigError(f"train.early_stopping.task = {config.task!r}: no such task; {hint}")
+        raise ConfigError(f"{where}.task = {config.task!r}: no such task; {hint}")
     return (config.task or next(iter(tasks)),)
 
 
-def check_watched(config: EarlyStoppingConfig, tasks: Sequence[Task], manifest: LogManifest) -> None:
-    """Whether validation can tell when to stop.
+def check_watched(
+    config: EarlyStoppingConfig,
+    tasks: Sequence[Task],
+    manifest: LogManifest,
+    where: str = "train.early_stopping",
+) -> None:
+    """Whether validation can tell when to stop; `where`: the key of the config, for messages.
 
     Raises:
         ConfigError: early stopping watches a task that is not there, or of which validation has no label.
     """
-    names = watched(config, names_of(tasks))
+    names = watched(config, names_of(tasks), where)
     labels = [task.label for task in tasks if task.name in names]
     # Of logs that were made before labels could be missing, nothing is counted.
     counted = manifest.splits["validation"].labels if manifest.holds("validation") else {}
     if config.on and all(label in counted and not counted[label].observed for label in labels):
         raise ConfigError(
-            f"train.early_stopping watches {names[0]}, and no candidate of the validation split has its "
-            f"label {labels[0]}; name another task with train.early_stopping.task"
+            f"{where} watches {names[0]}, and no candidate of the validation split has its label "
+            f"{labels[0]}; name another task with {where}.task"
         )
 
 

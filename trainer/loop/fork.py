@@ -32,6 +32,7 @@ from embeddings.lookup.touched import ShardKey, TouchedRows
 from trainer.checkpoint.delta import row_parts
 from trainer.checkpoint.fork_files import BASE, ForkFiles, Moment, copied, dense_tensors, read_moments
 from trainer.checkpoint.save_load import Beside
+from trainer.config.phases import PhaseConfig
 from trainer.data.reader import Cursor
 from trainer.loop.early_stopping import LOWER_IS_BETTER
 from trainer.loop.phases import Phase, branches_of
@@ -356,7 +357,7 @@ def go_on(fork: Fork | None, state: Mapping[str, Any], where: str) -> None:
         fork: of the present phase, if it has one; state: of the checkpoint; where: it, for the message.
 
     Raises:
-        ConfigError: the phase had other branches.
+        ConfigError: the phase had other branches, or its rounds were of another length and one is under way.
     """
     before = state.get("fork") or {}
     names = [*before.get("names", ())]
@@ -366,8 +367,21 @@ def go_on(fork: Fork | None, state: Mapping[str, Any], where: str) -> None:
             f"phases.{state.get('phase', 0)}.fork: {where} stands in a phase with {was}; keep them as they "
             "were, or name another --out"
         )
-    if fork is not None:
-        fork.round = Round.of_state(before)
+    if fork is None:
+        return
+    fork.round = Round.of_state(before)
+    if not fork.inside(Position(step=int(state["step"]))):
+        return
+    began, now = PhaseConfig.model_validate(state["config"]["phases"][fork.phase.place]), fork.phase.settings
+    assert began.fork is not None and now.fork is not None
+    lengths = {"steps": (began.steps, now.steps), "passes": (began.passes, now.passes)}
+    lengths["fork.every"] = began.fork.every, now.fork.every
+    for key, (former, present) in lengths.items():
+        if former != present:
+            raise ConfigError(
+                f"{fork.phase.key}.{key} = {present}: {where} stands inside a round of branches that began "
+                f"with {former}; set it back until their merge, or name another --out"
+            )
 
 
 def _last_if_none(value: float) -> float:

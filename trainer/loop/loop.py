@@ -12,6 +12,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
+from embeddings.errors import CheckpointError
 from embeddings.lookup.touched import TouchedRows
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
@@ -114,8 +115,9 @@ class Trainer:
                         self._epoch()
                 if not self.stopped:
                     self._validate()
-                    if self.validation.kept is not None and self.course.last and self.course.done(self.at):
-                        self._back_to_best()
+                if self.validation.kept is not None and self.course.last and self.course.done(self.at):
+                    # Also where a stop was asked for after the last step: what is saved stays.
+                    self._back_to_best()
                 # The step may be one of those after which a save was due.
                 self.saver.settle()
                 if self.saver.saved != self.at.step:
@@ -127,7 +129,7 @@ class Trainer:
         """Train what is left of an epoch; after each step report, validate, save and stop where it is due."""
         config = self.config.train
         self.meter = Meter(self.ranks.device)
-        fork, over = self.course.fork, False
+        fork, over, passed = self.course.fork, False, False
         ends = [end - self.at.step for end in self._ends] + ([fork.left(self.at)] if fork is not None else [])
         left = min(ends) if ends else None
         # Steps from one validation to the next, before which no step may be read ahead.
@@ -144,7 +146,7 @@ class Trainer:
             self._set_rates()
             for step, tally in trained:
                 self.at.step, self.at.cursor = self.at.step + 1, step.after
-                self.at.candidates += step.batch.step_candidates
+                self.at.candidates, passed = self.at.candidates + step.batch.step_candidates, step.last
                 self.course.averaging.after_step(self.at, step.last)
                 self.meter.add(tally, step.batch.step_candidates)
                 if self.at.step % config.log_every == 0:
@@ -162,7 +164,7 @@ class Trainer:
         self._report()
         if over and fork is not None:
             self._turn(fork, step.last)
-        elif not self._stops_here():
+        elif passed or not self._stops_here():
             self.at.cursor = Cursor(self.at.cursor.epoch + 1)
 
     def _turn(self, fork: Fork, last: bool) -> None:
@@ -225,7 +227,14 @@ class Trainer:
             kept.restore()
             self.validation.newest = self.validation.best
         else:
-            self._load_best(best.step)
+            try:
+                self._load_best(best.step)
+            except CheckpointError as error:
+                if self.config.checkpoint.on_error == "stop":
+                    raise
+                lost = f"its best weights, of step {best.step:,}, were not saved"
+                self.say(f"phase {self.course.phase.name} ends with its last weights; {lost} ({error})")
+                return
         self.say(f"phase {self.course.phase.name} ends with its best weights, of step {best.step:,}")
 
     def _finished(self) -> bool:

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from embeddings.errors import ConfigError, hint_of
+from embeddings.errors import ConfigError
 from trainer.config.phases import TABLES, PhaseConfig
-from trainer.config.sections import TrainConfig
-from trainer.config.tasks import Task, names_of
-from trainer.data.reader import Cursor
+from trainer.config.sections import EarlyStoppingConfig, TrainConfig
+from trainer.config.tasks import Task
+from trainer.data.reader import Cursor, SequenceLogReader
 from trainer.log.schema import LogManifest
 from trainer.loop.early_stopping import check_watched
 from trainer.run_config import Config
@@ -154,15 +154,28 @@ def phases_for(
         stopping, where = phase.train.early_stopping, f"{phase.key}.early_stopping"
         if stopping.on and not manifest.holds("validation"):
             raise ConfigError(f"{where} needs validation requests, and the log has none")
-        check_watched(stopping, tasks, manifest)
+        check_watched(stopping, tasks, manifest, where)
         if (fork := phase.settings.fork) is not None:
             if not manifest.holds("validation"):
                 problem = "branches are merged by validation, and the log has no validation requests"
                 raise ConfigError(f"{phase.key}.fork: {problem}")
-            if fork.task and fork.task not in (names := names_of(tasks)):
-                hint = hint_of(fork.task, names, f"they are {', '.join(names)}")
-                raise ConfigError(f"{phase.key}.fork.task: no task is called {fork.task!r}; {hint}")
+            # As for early stopping, one task must have a metric.
+            watch = EarlyStoppingConfig(task=fork.task, patience=1)
+            check_watched(watch, tasks, manifest, f"{phase.key}.fork")
     return phases
+
+
+def check_measured(phases: Sequence[Phase], validation: SequenceLogReader | None) -> None:
+    """Raises ConfigError where branches are merged by a domain that validation does not have; collective."""
+    for phase in phases:
+        fork = phase.settings.fork
+        if fork is None or fork.domain is None or validation is None:
+            continue
+        if fork.domain not in (known := validation.by_domain):
+            problem = (
+                f"the validation split has no candidate of that domain; it has {', '.join(map(str, known))}"
+            )
+            raise ConfigError(f"{phase.key}.fork.domain = {fork.domain}: {problem}")
 
 
 def place_of_phase(phases: Sequence[Phase], state: dict[str, Any], where: str) -> int:
@@ -180,7 +193,7 @@ def place_of_phase(phases: Sequence[Phase], state: dict[str, Any], where: str) -
         now = ", ".join(each.name for each in phases) or "none"
         raise ConfigError(
             f"phases: {where} stands in {was}, phase {number + 1} of its run, and phases are now {now}; keep "
-            "those up to that one as they were, or name another --out"
+            "the name and the place of that one, or name another --out"
         )
     return number
 

@@ -21,10 +21,12 @@ class Overlap:
 
     Args:
         model: whose searches are compared.
+        choices: only candidates count that have K kept behaviors. Who has fewer keeps them all by whatever
+            weights.
     """
 
-    def __init__(self, model: ModelConfig) -> None:
-        branches = model.all_branches().items()
+    def __init__(self, model: ModelConfig, choices: bool = False) -> None:
+        self._choices, branches = choices, model.all_branches().items()
         # Branch -> behaviors that both keep, and that the first one keeps.
         self.counts = {name: [0, 0] for name, branch in branches if branch.search_kind.by_score}
 
@@ -34,21 +36,23 @@ class Overlap:
     def add(self, first: Mapping[str, Selection], second: Mapping[str, Selection]) -> None:
         """Of the same batch."""
         for name, count in self.counts.items():
-            pairs = _pairs(first[name])
-            count[0] += int(torch.isin(_pairs(second[name]), pairs).sum())
+            counted = first[name].mask.all(1) if self._choices else first[name].mask.any(1)
+            pairs = _pairs(first[name], counted)
+            count[0] += int(torch.isin(_pairs(second[name], counted), pairs).sum())
             count[1] += pairs.numel()
 
     def shares(self) -> dict[str, float]:
-        """Branch -> of what the first keeps, the part that the second keeps, too."""
-        return {name: both / max(all_, 1) for name, (both, all_) in self.counts.items()}
+        """Branch -> of what the first keeps, the part that the second keeps, too; all of nothing is all."""
+        return {name: both / all_ if all_ else 1.0 for name, (both, all_) in self.counts.items()}
 
-
-def overlap_lines(shares: Mapping[str, float], size: str) -> list[str]:
-    """A line for each branch; `size`: what was compared."""
-    return [
-        f"averaged weights: the search of {name} keeps {share:.2%} of the top K of the raw ones ({size})"
-        for name, share in shares.items()
-    ]
+    def lines(self, size: str) -> list[str]:
+        """A line for each branch, of raw and averaged weights; `size`: what was compared."""
+        return [
+            f"averaged weights: the search of {name} keeps {share:.2%} of the top K of the raw ones ({size})"
+            if self.counts[name][1]
+            else f"averaged weights: no candidate has K behaviors for the search of {name} to choose ({size})"
+            for name, share in self.shares().items()
+        ]
 
 
 def too_small(shares: Mapping[str, float]) -> Sequence[str]:
@@ -56,8 +60,8 @@ def too_small(shares: Mapping[str, float]) -> Sequence[str]:
     return [name for name, share in shares.items() if share < LEAST_OVERLAP]
 
 
-def _pairs(kept: Selection) -> Tensor:
-    """The kept behaviors as numbers that no two pairs of candidate and behavior share."""
+def _pairs(kept: Selection, counted: Tensor) -> Tensor:
+    """The kept behaviors of the candidates that count, as numbers, one for each candidate and behavior."""
     candidate = torch.arange(kept.index.shape[0], device=kept.index.device)[:, None]
-    pairs: Tensor = (candidate * (1 << 32) + kept.index)[kept.mask]
+    pairs: Tensor = (candidate * (1 << 32) + kept.index)[kept.mask & counted[:, None]]
     return pairs.cpu()

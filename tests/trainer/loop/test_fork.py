@@ -240,3 +240,20 @@ def test_other_branches_are_refused_where_a_run_goes_on(log: Path, tmp_path: Pat
     others = [BRANCHES[0], {**BRANCHES[1], "name": "all"}]
     with pytest.raises(ConfigError, match=r"phases\.1\.fork: step-00000004 stands in .* target, both"):
         run(cut, config(log, *forked(others)))
+
+
+def test_lengths_stay_inside_a_round_and_domains_are_there(log: Path, tmp_path: Path) -> None:
+    """Other lengths would leave branches that were trained for unlike many steps."""
+    fork = {"branches": BRANCHES, "every": 4}
+    cut = run(tmp_path / "run", config(log, {"steps": 12, "fork": fork}, train__max_steps=3))
+    for phase, key in (
+        ({"steps": 3, "fork": fork}, "steps = 3"),
+        ({"passes": 2, "fork": fork}, "steps = None"),
+        ({"steps": 12, "fork": {**fork, "every": 2}}, "fork.every = 2"),
+    ):
+        with pytest.raises(ConfigError, match=rf"phases.0.{key}: step-\d+ stands inside a round"):
+            run(cut, config(log, phase))
+    with pytest.raises(ConfigError, match=r"fork.domain = 99: the validation split has no candidate"):
+        run(tmp_path / "domain", config(log, {"steps": 4, "fork": {**fork, "domain": 99}}))
+    with pytest.raises(ConfigError, match=r"phases.0.fork.task = 'zzz': no such task"):
+        run(tmp_path / "task", config(log, {"steps": 4, "fork": {**fork, "task": "zzz"}}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 import pipelines.train
-from embeddings.errors import ConfigError
+from embeddings.errors import CheckpointError, ConfigError
 from tests.helpers.launching import SETTINGS, losses, tandemrec
 from tests.helpers.logs import small_log
 from tests.trainer.test_ranks import parameters_of
-from trainer.checkpoint.files import checkpoints
+from trainer.checkpoint import save_load
+from trainer.checkpoint.files import checkpoints, read_state
+from trainer.checkpoint.tensors import TensorReader
 from trainer.config.phases import PhaseConfig
 from trainer.data.reader import Cursor
 from trainer.loop.phases import phases_of
@@ -278,3 +281,62 @@ def test_several_ranks_train_phases_as_one(log: Path, tmp_path: Path) -> None:
         found.append(losses(out))
     one, three = found
     assert len(one) == len(three) > 6 and one == pytest.approx(three, rel=1e-4)
+
+
+def test_no_delta_builds_on_what_was_saved_before_a_reset(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save in the background is over only once the next one asks: what follows it was reset meanwhile."""
+    # A delta of this small log always pays.
+    monkeypatch.setattr("trainer.checkpoint.background._MOST", 100.0)
+    phases = ({"steps": 3}, {"steps": 3, "reset": ["groups.attention"]})
+    tensors, bases = [], []
+    for mode in ("sync", "async"):
+        settings = config(log, *phases, checkpoint__mode=mode, checkpoint__full_every=10)
+        path = run(tmp_path / mode, settings) / "checkpoints"
+        readers = [TensorReader(path / f"step-{step:08d}") for step in (3, 4, 6)]
+        tensors.append([{name: each.whole(name) for name in each.names()} for each in readers])
+        states = [read_state(path / f"step-{step:08d}") for step in (3, 4, 6)]
+        bases.append(["base" in state for state in states])
+    assert bases == [[True, False, True]] * 2
+    for one, other in zip(*tensors, strict=True):
+        assert same(one, other)
+
+
+def test_the_best_weights_are_saved_however_the_last_phase_ends(log: Path, tmp_path: Path) -> None:
+    """By a stop after its last step, and by `train.max_steps` at the end of its pass."""
+    stopping = {"patience": 9, "min_delta": 1.0}
+    phases = ({"steps": 2}, {"passes": 1, "train": ["head"], "early_stopping": stopping})
+    given: dict[str, Any] = {"train__validate_every": 2, "checkpoint__every_steps": 0}
+    plain = run(tmp_path / "plain", config(log, *phases, **given))
+    last = max(line["step"] for line in lines(plain))
+    limited = run(tmp_path / "limited", config(log, *phases, **given, train__max_steps=last))
+    assert same(at(limited, last), at(plain, last))
+    stopped = config(log, *phases, **given)
+
+    def stop(step: int) -> None:
+        if step == last - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with process_group() as ranks:
+        pipelines.train.run(stopped, tmp_path / "stopped", ranks, stop)
+    assert same(at(run(tmp_path / "stopped", stopped), last), at(plain, last))
+
+
+def test_a_best_checkpoint_that_could_not_be_saved_is_told_of(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With `on_error = "continue"` the next phase starts from the last weights."""
+    phases = ({"passes": 3, "early_stopping": {"patience": 1, "min_delta": 1.0}}, {"steps": 1})
+    given = {"train__validate_every": 2, "checkpoint__every_steps": 0, "checkpoint__on_error": "continue"}
+    save = save_load.save
+
+    def failing(folder: Path, step: int, *rest: Any, **named: Any) -> Path:
+        if step == 2:
+            raise CheckpointError(folder, "no room")
+        return save(folder, step, *rest, **named)
+
+    monkeypatch.setattr("trainer.checkpoint.save_load.save", failing)
+    done = run(tmp_path / "run", config(log, *phases, **given))
+    assert "ends with its last weights; its best weights, of step 2, were not saved" in capfd.readouterr().out
+    assert max(line["step"] for line in lines(done)) == 5
