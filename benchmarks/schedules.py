@@ -34,6 +34,7 @@ from benchmarks.models import (
     results,
     seeds_of,
 )
+from benchmarks.rules import toml_of
 
 
 class Schedule(NamedTuple):
@@ -73,6 +74,11 @@ SCHEDULES = {
         "one", {"freeze": ["groups.representation"]}, "second pass: representation tables frozen"
     ),
     "dense": Schedule("one", {"reset": ["dense"]}, "second pass: all dense weights begin anew"),
+    "all_but_search": Schedule(
+        "one",
+        {"reset": ["groups.representation", "dense"]},
+        "second pass: new representation tables and dense weights",
+    ),
     "low": Schedule(
         "one",
         {"learning_rate": 0.0003, "table_learning_rates": _TENTH},
@@ -92,10 +98,7 @@ def text_of(name: str, preset: Path) -> str:
     lines = [f"extends = {json.dumps(str(preset.absolute()))}"]
     for number, each in enumerate(lineage(name), 1):
         lines += ["[[phases]]", f'name = "pass{number}"', "passes = 1"]
-        for key, value in SCHEDULES[each].phase.items():
-            table = isinstance(value, Mapping)
-            inner = ", ".join(f"{k} = {v}" for k, v in value.items()) if table else json.dumps(value)
-            lines.append(f"{key} = {{{inner}}}" if table else f"{key} = {inner}")
+        lines += [f"{key} = {toml_of(value)}" for key, value in SCHEDULES[each].phase.items()]
     return "\n".join(lines) + "\n"
 
 
