@@ -7,7 +7,7 @@ role (attention or representation, target or behavior) is the model's business, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -24,7 +24,7 @@ class TableSpec:
     """One embedding table: the ids of one feature, `rows` of them, each a vector of `dim` floats.
 
     `set` names the set that it belongs to, see `EmbeddingSet`; `lane` the task whose lane it is, see
-    `TableGroup.lanes`, empty for a group's main tables.
+    `EmbeddingSet.losses`, empty for a group's main tables.
     """
 
     feature: str
@@ -41,10 +41,19 @@ class EmbeddingSet:
     Attributes:
         name: empty where the group has one set only.
         owner: who trains it: `shared`, `task:NAME`, or `domain:ID`.
+        losses: the tasks whose losses reach it, where each of these has the optimizer's state of a row to
+            itself (AdaTask): the main tables are those of the first, and each of the others adds a table to
+            each of them, its lane. The vector of an id is the sum of its rows. Empty: one state for all.
     """
 
     name: str = ""
     owner: str = "shared"
+    losses: tuple[str, ...] = ()
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """The tasks that add tables of their own."""
+        return self.losses[1:]
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,7 @@ class TableGroup:
         dtype: `fp32` or `fp16`, what the rows are kept in; lookups give float32 and state is float32.
         stochastic_rounding: whether an updated row becomes fp16 at random, in proportion, instead of to
             nearest; None = on a GPU, as FBGEMM's kernels do by default. A CPU rounds to nearest.
-        sets: in the order of their tables.
-        lanes: tasks that add a table of their own to each main one (AdaTask): the vector of an id is the sum
-            of its main row and of those of all lanes, so that each task has the optimizer's state of a row to
-            itself. The main tables are those of one more task, the first. A set that a task owns has none.
+        sets: in the order of their tables. Those may have lanes, see `EmbeddingSet.losses`.
     """
 
     name: str
@@ -79,7 +85,6 @@ class TableGroup:
     fusion: Literal["concat", "sum"] = "concat"
     stochastic_rounding: bool | None = None
     sets: tuple[EmbeddingSet, ...] = (EmbeddingSet(),)
-    lanes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # A vector of a bag is cut into those of the sets by this order, and manifests come from anywhere.
@@ -105,14 +110,18 @@ class TableGroup:
         return [each.name for each in self.sets]
 
     @property
-    def shared_sets(self) -> list[str]:
-        """The names of the sets that no task owns: those that have lanes, if the group has any."""
-        return [each.name for each in self.sets if not each.owner.startswith("task:")]
+    def lanes(self) -> tuple[str, ...]:
+        """The tasks that add tables of their own to some set."""
+        return tuple(dict.fromkeys(task for each in self.sets for task in each.lanes))
+
+    def sets_with(self, task: str) -> list[str]:
+        """The names of the sets that a task adds a lane to."""
+        return [each.name for each in self.sets if task in each.lanes]
 
     def lane(self, task: str) -> tuple[TableSpec, ...]:
-        """The tables of a task's lane: one for each table of the shared sets, in their order."""
+        """The tables of a task's lane: one for each main table of these sets, in their order."""
         return tuple(
-            replace(table, lane=task) for name in self.shared_sets for table in self._tables_of(name)
+            replace(table, lane=task) for name in self.sets_with(task) for table in self._tables_of(name)
         )
 
     @property
@@ -134,7 +143,13 @@ class TableGroup:
     @property
     def width(self) -> int:
         """Length of the fused vector of one bag, of all sets together; lanes are added to it."""
-        return sum(sum(self.of_set(name).widths()) for name in self.set_names)
+        return sum(self._set_widths().values())
+
+    @property
+    def looked_up_width(self) -> int:
+        """The same, of the fused vectors of the main tables and of all lanes together."""
+        widths = self._set_widths()
+        return sum(widths[each.name] * (1 + len(each.lanes)) for each in self.sets)
 
     def table_name(self, table: TableSpec) -> str:
         """The table's name, unique over all groups."""
@@ -150,14 +165,13 @@ class TableGroup:
             return self
         for each in self.sets:
             if each.name == name:
-                return replace(self, tables=self._tables_of(name), sets=(each,), lanes=())
+                return replace(self, tables=self._tables_of(name), sets=(replace(each, losses=()),))
         raise KeyError(name)
 
     def columns(self, name: str) -> slice:
         """Where the vector of a set is in the fused vector of one bag."""
         before = 0
-        for each in self.set_names:
-            width = self.of_set(each).width
+        for each, width in self._set_widths().items():
             if each == name:
                 return slice(before, before + width)
             before += width
@@ -168,10 +182,7 @@ class TableGroup:
 
         Of several sets, those of one after those of the other.
         """
-        if len(self.sets) > 1:
-            return sum((self.of_set(name).widths() for name in self.set_names), ())
-        dims = tuple(table.dim for table in self.tables)
-        return dims[:1] if self.fusion == "sum" else dims
+        return sum((self._widths_of(name) for name in self.set_names), ())
 
     def fuse(self, vector_BD: Tensor) -> Tensor:
         """The vectors of all main tables side by side, [B, sum of dims] -> [B, width]."""
@@ -180,33 +191,46 @@ class TableGroup:
     def fuse_lanes(self, vector_BD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The vectors of all tables side by side -> [B, width] of the main ones, and of each task's lane.
 
-        A lane's are the columns of the shared sets, side by side; see `of_shared`.
+        A lane's are the columns of the sets that have it, side by side; see `lane_columns`.
         """
         if not self.lanes:
             return self.fuse(vector_BD), {}
         widths = [sum(table.dim for table in tables) for tables in (self.tables, *map(self.lane, self.lanes))]
         main, *lanes = vector_BD.split(widths, dim=1)
         fused = {
-            task: self._fused(part, self.shared_sets) for task, part in zip(self.lanes, lanes, strict=True)
+            task: self._fused(part, self.sets_with(task))
+            for task, part in zip(self.lanes, lanes, strict=True)
         }
         return self.fuse(main), fused
 
-    def of_shared(self, vector_BD: Tensor) -> Tensor:
-        """The columns of the shared sets of fused vectors [B, width]; the same tensor where all sets are."""
-        if len(self.shared_sets) == len(self.sets):
+    def add_lanes(self, vector_BD: Tensor, lanes: Mapping[str, Tensor]) -> Tensor:
+        """Add what `fuse_lanes` gives of lanes to fused vectors [B, width] of the main tables."""
+        if not lanes:
             return vector_BD
-        return torch.cat([vector_BD[:, self.columns(name)] for name in self.shared_sets], dim=1)
+        parts = self.by_set(vector_BD)
+        for task, lane_BD in lanes.items():
+            names = self.sets_with(task)
+            widths = [parts[name].shape[1] for name in names]
+            for name, part in zip(names, lane_BD.split(widths, dim=1), strict=True):
+                parts[name] = parts[name] + part
+        return side_by_side(list(parts.values()))
 
-    def with_shared(self, vector_BD: Tensor, shared_BD: Tensor) -> Tensor:
-        """The same vectors [B, width], but for the columns of the shared sets, which are given."""
-        if len(self.shared_sets) == len(self.sets):
-            return shared_BD
-        widths = [self.of_set(name).width for name in self.shared_sets]
-        given = dict(zip(self.shared_sets, shared_BD.split(widths, dim=1), strict=True))
-        parts = [
-            given[name] if name in given else vector_BD[:, self.columns(name)] for name in self.set_names
-        ]
-        return torch.cat(parts, dim=1)
+    def lane_columns(self, task: str, vector_BD: Tensor) -> Tensor:
+        """The columns of the sets that have a task's lane, of fused vectors [B, width]."""
+        parts = self.by_set(vector_BD)
+        return side_by_side([parts[name] for name in self.sets_with(task)])
+
+    def by_set(self, vector_BD: Tensor) -> dict[str, Tensor]:
+        """The vectors of each set, of fused vectors [B, width]."""
+        widths = self._set_widths()
+        return dict(zip(widths, vector_BD.split(list(widths.values()), dim=1), strict=True))
+
+    def _set_widths(self) -> dict[str, int]:
+        return {name: sum(self._widths_of(name)) for name in self.set_names}
+
+    def _widths_of(self, name: str) -> tuple[int, ...]:
+        dims = tuple(table.dim for table in self._tables_of(name))
+        return dims[:1] if self.fusion == "sum" else dims
 
     def _fused(self, vector_BD: Tensor, names: list[str]) -> Tensor:
         """The vectors of the tables of some sets, of which one vector a set is made."""
@@ -217,18 +241,27 @@ class TableGroup:
         fused = [
             part.unflatten(1, (len(tables), -1)).sum(1) for part, tables in zip(parts, sets, strict=True)
         ]
-        return fused[0] if len(fused) == 1 else torch.cat(fused, dim=1)
+        return side_by_side(fused)
 
     def _tables_of(self, name: str) -> tuple[TableSpec, ...]:
         return tuple(table for table in self.tables if table.set == name)
 
 
-def with_lanes(groups: Mapping[str, TableGroup], tasks: Sequence[str]) -> dict[str, TableGroup]:
-    """Groups as they are trained: with a lane for each of the tasks after the first."""
+def with_lanes(
+    groups: Mapping[str, TableGroup], losses_of: Callable[[str], Sequence[str]]
+) -> dict[str, TableGroup]:
+    """Groups as they are trained. `losses_of`: owner of a set -> see `EmbeddingSet.losses`."""
     return {
-        name: replace(group, lanes=tuple(tasks[1:])) if group.shared_sets else group
+        name: replace(
+            group, sets=tuple(replace(each, losses=tuple(losses_of(each.owner))) for each in group.sets)
+        )
         for name, group in groups.items()
     }
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Vectors [B, *] as one; the only one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 class TableName(NamedTuple):

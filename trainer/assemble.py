@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def build_trainable(
         ConfigError: the dense weights do not fit into this machine's memory while they are trained.
     """
     tasks = resolve_tasks(config.tasks, manifest.tasks, manifest.partial)
-    groups = with_lanes(resolve_groups(config, manifest), config.lanes(tasks))
+    groups = with_lanes(resolve_groups(config, manifest), partial(config.losses_of, tasks))
     collections = {}
     for name, group in groups.items():
         collections[name] = make_collection(group, device)

@@ -97,8 +97,7 @@ class Config(Settings):
         return {phase.update or self.train.update for phase in self.phases} or {self.train.update}
 
     def lanes(self, tasks: Sequence[Task]) -> tuple[str, ...]:
-        """The tasks that have a state of their own wherever the rule is `per_task`, in their order; see
-        `TableGroup.lanes`, where the first one has the main tables.
+        """The tasks that have a state of their own wherever the rule is `per_task`, in their order.
 
         They are those that some phase trains by a loss of their own. Empty where no phase has that rule.
         """
@@ -111,6 +110,15 @@ class Config(Settings):
             for task in tasks
             if task.settings.loss != "none"
             and (task.weight or any(weights.get(task.name) for weights in phases))
+        )
+
+    def losses_of(self, tasks: Sequence[Task], owner: str) -> tuple[str, ...]:
+        """Those of `lanes` whose losses reach a set of this owner, see `EmbeddingSet.losses`."""
+        kind, _, name = owner.partition(":")
+        alone = kind == "task" and self.model.head_kind.keeps_sets_apart(self.model)
+        trained = self.lanes(tasks)
+        return tuple(
+            task.name for task in tasks if task.name in trained and not (alone and name not in task.towers)
         )
 
     def without_lanes(self) -> Config:

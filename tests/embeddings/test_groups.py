@@ -67,20 +67,30 @@ def test_names_of_tables_say_where_they_belong() -> None:
     widths=st.lists(st.sampled_from([4, 8]), min_size=1, max_size=4),
     owners=st.lists(st.sampled_from(["shared", "task:a", "domain:2"]), min_size=4, max_size=4),
     fusion=st.sampled_from(["concat", "sum"]),
-    tasks=st.sampled_from([["a"], ["a", "b"], ["b", "a", "c"]]),
+    losses=st.fixed_dictionaries(
+        {owner: st.lists(st.sampled_from("abc"), unique=True) for owner in ("shared", "task:a", "domain:2")}
+    ),
     seed=st.integers(0, 99),
 )
-def test_lanes_are_columns_of_the_sets_that_no_task_owns(
-    widths: list[int], owners: list[str], fusion: Any, tasks: list[str], seed: int
+def test_lanes_are_columns_of_the_sets_that_several_losses_reach(
+    widths: list[int], owners: list[str], fusion: Any, losses: dict[str, list[str]], seed: int
 ) -> None:
     """A collection gives them behind the main tables; they add up to what one table of sums would give."""
     group = sets_of([[width, width] for width in widths], fusion=fusion)
     named = tuple(replace(each, owner=owner) for each, owner in zip(group.sets, owners, strict=False))
     plain = replace(group, sets=named)
-    group = with_lanes({"g": plain}, tasks)["g"]
-    shared = [each.name for each in named if not each.owner.startswith("task:")]
-    assert group.lanes == (tuple(tasks[1:]) if shared else ())
-    assert len(group.all_tables) == len(plain.tables) + len(group.lanes) * len(shared) * len(FEATURES)
+    group = with_lanes({"g": plain}, losses.__getitem__)["g"]
+    others = {each.name: losses[each.owner][1:] for each in named}
+    assert set(group.lanes) == {task for tasks in others.values() for task in tasks}
+    assert {(table.set, table.lane) for table in group.all_tables if table.lane} == {
+        (name, task) for name, tasks in others.items() for task in tasks
+    }
+    count = len(plain.tables) + sum(map(len, others.values())) * len(FEATURES)
+    assert len(group.all_tables) == count
+    for name in group.set_names:
+        assert group.of_set(name).width == plain.of_set(name).width
+    looked_up = (plain.of_set(name).width * (1 + len(tasks)) for name, tasks in others.items())
+    assert group.looked_up_width == sum(looked_up)
     names = [group.table_name(table) for table in group.all_tables]
     assert len(set(names)) == len(names) and group.tables == plain.tables and group.width == plain.width
     for table, name in zip(group.all_tables, names, strict=True):
@@ -97,10 +107,8 @@ def test_lanes_are_columns_of_the_sets_that_no_task_owns(
     pooled = collection(one_id_bags(list(FEATURES), ids))
     assert sorted(pooled.keys()) == sorted(group.keys)
     main, lanes = group.fuse_lanes(vectors_in_order(pooled, group.keys))
-    summed = main
-    for vectors in lanes.values():
-        assert vectors.shape == group.of_shared(main).shape
-        summed = group.with_shared(summed, group.of_shared(summed) + vectors)
+    assert all(vectors.shape == group.lane_columns(task, main).shape for task, vectors in lanes.items())
+    summed = group.add_lanes(main, lanes)
     folded = make_collection(plain, torch.device("cpu"))
     state = {name: rows[name].clone() for name in folded.state_dict()}
     for table, name in zip(group.all_tables, names, strict=True):

@@ -3,8 +3,8 @@
 Reading a whole checkpoint takes the memory of the whole model; going through it band by band takes that of a
 block of rows, however large a table or its shards are.
 
-Lanes of a table (`embeddings.groups.TableGroup.lanes`) are no weights of their own here: a row is the sum of
-those of the main table and of all lanes, rounded once.
+Lanes of a table (`embeddings.groups.EmbeddingSet.losses`) are no weights of their own here: a row is the sum
+of those of the main table and of all lanes, rounded once.
 """
 
 from __future__ import annotations

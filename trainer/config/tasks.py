@@ -113,6 +113,11 @@ class Task:
         """Whether the head gives its logit, and no product of others."""
         return not self.settings.product
 
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The tasks whose towers its loss reaches: itself, or the factors of a product."""
+        return self.settings.product or (self.name,)
+
     def means_by_domain(self, default: str) -> bool:
         """Whether each domain has a mean of its own in the task's loss; `default`: `train.mean`."""
         return self.settings.loss != "none" and (self.settings.mean or default) == "domain"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from embeddings.groups import TableGroup
+from embeddings.groups import TableGroup, side_by_side
 from embeddings.lookup.jagged import vectors_in_order
 
 
@@ -23,7 +23,7 @@ class Cut(NamedTuple):
         group: its name; inside: [B, width], what the main tables returned, whose backward pass updates them;
             outside: the same values as a leaf of the dense graph, which collects their gradient; to them
             those of the lanes are added, if the group has any.
-        lanes: task -> what its lane returned, [B, width of the shared sets].
+        lanes: task -> what its lane returned, [B, width of the sets that have it].
         tables: the group.
     """
 
@@ -49,26 +49,25 @@ class Cut(NamedTuple):
             **{f"{self.group}, task {task}": vectors.detach() for task, vectors in self.lanes.items()},
         }
 
-    def by_task(self, gradients: Mapping[str, Tensor], first: str) -> list[Pull]:
-        """What the backward pass into the tables starts from: for each lane, the gradient of its task alone.
+    def by_task(self, gradients: Mapping[str, Tensor]) -> list[Pull]:
+        """What the backward pass into the tables starts from: for each lane, the gradient of its task alone,
+        and for the main tables of a set the rest, which is that of the first of its losses.
 
         Args:
             gradients: of each task's loss by these vectors, [B, width]; a task without one has none.
-            first: the task of the main tables. Sets that tasks own have no lanes, nor a gradient of others.
         """
-        none = torch.zeros_like(self.outside)
-        if not self.lanes:
-            whole = reduce(add, gradients.values()) if gradients else none
-            return [Pull(self.group, self.inside, whole)]
-        shared = self.tables.of_shared(gradients.get(first, none))
-        owned = shared
-        if len(self.tables.shared_sets) < len(self.tables.sets) and gradients:
-            owned = reduce(add, gradients.values())
-        main = self.tables.with_shared(owned, shared)
+        none, tables = torch.zeros_like(self.outside), self.tables
+        of_sets = {task: tables.by_set(gradient) for task, gradient in gradients.items()}
+        main = []
+        for each, zeros in zip(tables.sets, tables.by_set(none).values(), strict=True):
+            parts = [of_set[each.name] for task, of_set in of_sets.items() if task not in each.lanes]
+            main.append(reduce(add, parts) if parts else zeros)
         return [
-            Pull(self.group, self.inside, main),
+            Pull(self.group, self.inside, side_by_side(main)),
             *(
-                Pull(f"{self.group}, task {task}", inside, self.tables.of_shared(gradients.get(task, none)))
+                Pull(
+                    f"{self.group}, task {task}", inside, tables.lane_columns(task, gradients.get(task, none))
+                )
                 for task, inside in self.lanes.items()
             ),
         ]
@@ -122,10 +121,7 @@ class Lookups(nn.Module):
         for name, keyed in pooled.items():
             group = self.groups[name]
             inside, lanes = group.fuse_lanes(vectors_in_order(keyed, group.keys))
-            vectors[name] = inside
-            if lanes:
-                shared = reduce(add, lanes.values(), group.of_shared(inside))
-                vectors[name] = group.with_shared(inside, shared)
+            vectors[name] = group.add_lanes(inside, lanes)
             if name in self.frozen:
                 vectors[name] = vectors[name].detach()
             elif self._cuts is not None and torch.is_grad_enabled():

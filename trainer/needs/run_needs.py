@@ -127,7 +127,7 @@ def more_dense(config: Config, groups: Iterable[TableGroup]) -> MoreDense:
     """At most: some weights belong to one task. `groups`: as they are trained, with their lanes."""
     if "per_task" not in config.rules:
         return MoreDense()
-    tasks = 1 + max((len(group.lanes) for group in groups), default=0)
+    tasks = max([1, *(len(each.losses) for group in groups for each in group.sets)])
     # Adam's two means, and the mean of squared updates, without the means that no phase needs.
     saved = 3 * tasks - (0 if "summed" in config.rules else 2)
     # A gradient of each task, and the update of one.
@@ -333,7 +333,7 @@ def step_bytes(run: Run, cluster: Cluster) -> int:
     window = min(config.data.history_length, longest)
     widths = {name: group.width for name, group in run.groups.items()}
     # Vectors of lanes are looked up besides.
-    looked_up = {name: group.width * (1 + len(group.lanes)) for name, group in run.groups.items()}
+    looked_up = {name: group.looked_up_width for name, group in run.groups.items()}
     early, late, search, read = set(), set(), 0, 0
     for branch in config.model.all_branches().values():
         roles = branch.roles

@@ -47,7 +47,7 @@ class Dominance:
     """Watches the steps of the rule `per_task`.
 
     Args:
-        model: sharded; groups: with their lanes; first: the task of the main tables.
+        model: sharded; groups: with their lanes.
         optimizer: of the dense weights; world_size: ranks; seed: `train.seed`.
     """
 
@@ -55,7 +55,6 @@ class Dominance:
         self,
         model: DistributedModelParallel,
         groups: Mapping[str, TableGroup],
-        first: str,
         optimizer: PerTaskAdam,
         world_size: int,
         seed: int,
@@ -64,24 +63,27 @@ class Dominance:
         kernels = {
             name: table.compute_kernel for each in model.plan.plan.values() for name, table in each.items()
         }
-        # Main table -> its width, and the tasks of its lanes.
+        # Main table -> its width, and the tasks whose losses reach it, the first of which has the main table.
         self._tables: dict[str, tuple[int, tuple[str, ...]]] = {}
         for group in groups.values():
-            for spec in group.lane(first) if group.lanes else ():
-                table = str(TableName(group.name, spec.set, spec.feature))
-                names = [table, *(f"{table}/{task}" for task in group.lanes)]
-                if not any(kernels[name] == _CACHED for name in names):
-                    self._tables[table] = spec.dim, (first, *group.lanes)
-        self._lanes = list(self._lanes_of(model.state_dict(), first))
+            losses = {each.name: each.losses for each in group.sets if each.lanes}
+            for spec in group.tables:
+                first, *others = losses.get(spec.set, ("",))
+                table = group.table_name(spec)
+                names = [table, *(f"{table}/{task}" for task in others)]
+                if others and not any(kernels[name] == _CACHED for name in names):
+                    self._tables[table] = spec.dim, (first, *others)
+        self._lanes = list(self._lanes_of(model.state_dict()))
         self._rows: dict[str, Tensor] = {}
         self._places: list[tuple[_Lane, Tensor, Tensor]] = []
         self._before: list[Tensor] = []
         self._squares: dict[tuple[str, str], Tensor] = {}
 
-    def _lanes_of(self, weights: Mapping[str, Any], first: str) -> Iterator[_Lane]:
+    def _lanes_of(self, weights: Mapping[str, Any]) -> Iterator[_Lane]:
         for name, weight in weights.items():
             table = TableName.of(table_of(name))
             if table is not None and str(table.main) in self._tables:
+                _, (first, *_) = self._tables[str(table.main)]
                 for shard in local_shards(weight):
                     yield _Lane(str(table.main), table.lane or first, table.feature, shard)
 

@@ -100,7 +100,7 @@ def reach_of(model: DistributedModelParallel, config: Config) -> dict[str, tuple
     assert isinstance(shell, TwoStageModel)
     trained = config.lanes(shell.tasks)
     owned = {task.name: shell.own_parameters(task.name) for task in shell.tasks if task.has_tower}
-    reached = {task.name: (task.name, *task.settings.product) for task in shell.tasks if task.name in trained}
+    reached = {task.name: task.towers for task in shell.tasks if task.name in trained}
     return reached_by(dense_weights(model), owned, reached)
 
 
@@ -196,7 +196,6 @@ class TrainStep:
         self._unread: Check | None = None
         self._dense_optimizer = dense_optimizer(optimizer)
         self._shell, self._reach = shell, reach_of(model, config)
-        self._lanes = config.lanes(shell.tasks)
         first = config.phases[0].update if config.phases else None
         self.follow(first or config.train.update)
         if guard is not None and guard.reads_late and not self._dense_optimizer.fused:
@@ -213,13 +212,10 @@ class TrainStep:
         if rule == "per_task":
             check_no_replicas(self._model.plan)
             assert isinstance(self._dense_optimizer, PerTaskAdam)
-            self._rule = PerTask(
-                self._dense, self._reach, self._dense_optimizer, self._lanes[0], self._world_size
-            )
+            self._rule = PerTask(self._dense, self._reach, self._dense_optimizer, self._world_size)
             self._dominance = Dominance(
                 self._model,
                 self._lookups.groups,
-                self._lanes[0],
                 self._dense_optimizer,
                 self._world_size,
                 self._config.seed,

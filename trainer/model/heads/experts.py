@@ -72,6 +72,7 @@ class ExpertsHead(Head):
         experts, towers, tasks = model.experts, model.towers, [f"task:{task.name}" for task in sizes.tasks]
         self.domains = sizes.domains
         self.foreign, self.covariance, self.tasks = experts.foreign, self.gives_experts(model), tasks
+        self.apart = self.keeps_sets_apart(model)
         self.sets = {name: Stream(owner, width) for name, owner, width in _sets_of(sizes)}
         self.input_gates = nn.ModuleDict()
         if towers.gate_inputs:
@@ -137,8 +138,14 @@ class ExpertsHead(Head):
         maps = [module for module in self.towers.modules() if isinstance(module, DomainLinear)]
         return [weight for each in maps for weight in each.parameters()]
 
+    @classmethod
+    def keeps_sets_apart(cls, model: Any) -> bool:
+        # With more layers, the shared mixture reads what is hidden from tasks, and passes it on to them.
+        foreign, layers = model.experts.foreign, model.experts.layers
+        return bool(foreign == "stopped" or (foreign == "hidden" and layers == 1))
+
     def own_sets(self, task: str) -> list[str]:
-        if self.foreign == "open" or (self.foreign == "hidden" and len(self.layers) > 1):
+        if not self.apart:
             return []
         return [name for name, stream in self.sets.items() if stream.owner == f"task:{task}"]
 

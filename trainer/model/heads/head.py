@@ -173,8 +173,13 @@ class Head(nn.Module):
         """
         return TaskWeights(mixing=(".gates.",))
 
+    @classmethod
+    def keeps_sets_apart(cls, model: Any) -> bool:
+        """Whether the sets that a task owns get gradients of its tower alone."""
+        return False
+
     def own_sets(self, task: str) -> list[str]:
-        """The sets that no loss but this task's reaches."""
+        """The sets that get gradients of no tower but this task's."""
         return []
 
     def forward(self, given: HeadInput) -> HeadOutput:

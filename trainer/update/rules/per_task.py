@@ -2,7 +2,7 @@
 
 The losses go backward one after the other, down to the looked-up vectors and the dense weights and no further
 (`torch.autograd.grad`), which takes no exchange between ranks. Each task's gradient of the vectors then goes
-into its own lane of the tables (`embeddings.groups.TableGroup.lanes`), all in one backward pass, and its
+into its own lane of the tables (`embeddings.groups.EmbeddingSet.losses`), all in one backward pass, and its
 dense gradients, averaged over ranks before they are squared, go into its own state (`PerTaskAdam`).
 """
 
@@ -41,7 +41,7 @@ class PerTask:
     Args:
         weights: the dense ones, by name; reach: of each, the tasks whose losses reach it.
         optimizer: that is given the gradients.
-        first: the task of the main tables; world_size: ranks.
+        world_size: ranks.
     """
 
     wrapped, by_task = False, True
@@ -51,11 +51,10 @@ class PerTask:
         weights: Mapping[str, nn.Parameter],
         reach: Mapping[str, Sequence[str]],
         optimizer: PerTaskAdam,
-        first: str,
         world_size: int,
     ) -> None:
         self._weights, self._reach, self._optimizer = weights, reach, optimizer
-        self._first, self._world_size = first, world_size
+        self._world_size = world_size
         self._losses: dict[str, Tensor] = {}
         self._dense: dict[str, dict[str, Tensor]] = {}
 
@@ -92,7 +91,7 @@ class PerTask:
         pulls = []
         for cut in cuts:
             of_tasks = {task: each[cut.group] for task, each in zip(losses, found, strict=True)}
-            pulls += cut.by_task(of_tasks, self._first)
+            pulls += cut.by_task(of_tasks)
         return pulls
 
     def dense(self) -> dict[str, Tensor]:
