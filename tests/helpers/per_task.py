@@ -29,7 +29,18 @@ from trainer.update.guard import Guard
 from trainer.update.step import TrainStep, run_optimizer
 
 PER_TASK = "train.update=per_task"
+# Two losses reach what belongs to click.
+PRODUCT = [
+    "tasks.click.weight=1", "tasks.cvr.label=conversion", "tasks.cvr.loss=none",
+    'tasks.conversion.product=["click","cvr"]',
+]  # fmt: skip
+# Nothing beside gradients of large losses.
+SMALL_EPS = [f"groups.{name}.eps=1e-16" for name in ("attention", "representation")]
 BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+def owned_sets(foreign: str) -> list[str]:
+    return ['groups.representation.sets="tasks"', f"model.experts.foreign={foreign}"]
 
 
 class Training(NamedTuple):
@@ -59,6 +70,10 @@ def training(
     pipeline = Pipeline(way, sharded.model, step, ranks.device)
     reader = open_split(config, "train", feature_rows(sharded.groups), ranks, seed=3)
     return Training(config, sharded, optimizer, step, pipeline, reader)
+
+
+def differences(weights: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float((a - others[name]).norm() / a.norm()) for name, a in weights.items() if a.any()}
 
 
 def fold(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.console import quiet_third_parties
-from tests.helpers.per_task import PER_TASK, pieces, training, whole
+from tests.helpers.per_task import PER_TASK, PRODUCT, pieces, training, whole
 from tests.programs.preset_steps import small_config
 from trainer.ranks.process_group import process_group, sum_over_ranks
 
@@ -28,7 +28,7 @@ CASES = {
         ['groups.representation.sharding=["column_wise"]', "groups.representation.optimizer=adagrad"],
     ),
     "ahead": ("mmoe", "sparse_dist", []),
-    "sets of tasks": ("stem", "none", []),
+    "sets of tasks": ("stem", "none", PRODUCT),
 }  # fmt: skip
 
 

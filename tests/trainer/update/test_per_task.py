@@ -16,14 +16,22 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSha
 
 from embeddings.errors import ConfigError, DataError
 from tests.helpers.launching import ROOT, launched
-from tests.helpers.per_task import PER_TASK, Reference, Training, training
+from tests.helpers.per_task import (
+    PER_TASK,
+    PRODUCT,
+    SMALL_EPS,
+    Reference,
+    Training,
+    differences,
+    owned_sets,
+    training,
+)
 from tests.helpers.tables import whole_tensor
 from tests.programs.lane_cases import CASES
 from tests.programs.preset_steps import small_config
 from tests.programs.step_cases import local_tensors, nan_weight
 from tests.trainer.test_presets import log_of_tasks
 from trainer.assemble import resolve_groups
-from trainer.config.tasks import TaskConfig, resolve_tasks
 from trainer.data.reader import Step
 from trainer.log.schema import read_manifest
 from trainer.loop.remarks import remarks
@@ -33,8 +41,6 @@ from trainer.run_folder import on_board
 from trainer.update.dense_optimizer import PerTaskAdam
 from trainer.update.dominance import relative
 from trainer.update.rules.per_task import check_no_replicas
-
-SMALL_EPS = [f"groups.{name}.eps=1e-16" for name in ("attention", "representation")]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,9 @@ OPTIMIZERS = st.sampled_from(["rowwise_adagrad", "adagrad", "sgd"])
 
 
 @given(
-    preset=st.sampled_from(["mmoe", "stem", "esmm", "pepnet"]),
+    preset=st.sampled_from(["mmoe", "stem", "ple", "esmm", "pepnet"]),
+    foreign=st.sampled_from(["open", "stopped", "hidden"]),
+    product=st.booleans(),
     attention=OPTIMIZERS,
     representation=OPTIMIZERS,
     fusion=st.sampled_from(["concat", "sum"]),
@@ -54,12 +62,17 @@ OPTIMIZERS = st.sampled_from(["rowwise_adagrad", "adagrad", "sgd"])
     rank=st.sampled_from(["none", "pair"]),
     owner=st.sampled_from(["", "click"]),
 )
-@example("mmoe", "rowwise_adagrad", "rowwise_adagrad", "concat", (100, 0.01), "none", "")
-@example("esmm", "rowwise_adagrad", "adagrad", "concat", (1, 1), "none", "click")
+@example("mmoe", "open", False, *["rowwise_adagrad"] * 2, "concat", (100, 0.01), "none", "")
+@example("esmm", "open", False, "rowwise_adagrad", "adagrad", "concat", (1, 1), "none", "click")
+@example("stem", "open", False, *["rowwise_adagrad"] * 2, "sum", (100, 0.01), "none", "")
+@example("stem", "stopped", True, *["rowwise_adagrad"] * 2, "concat", (0.01, 1), "none", "")
+@example("ple", "hidden", False, *["rowwise_adagrad"] * 2, "concat", (100, 0.01), "none", "")
 @settings(max_examples=3, deadline=None)
 def test_lanes_and_states_follow_the_rule_written_out(
     log: Path,
     preset: str,
+    foreign: str,
+    product: bool,
     attention: str,
     representation: str,
     fusion: str,
@@ -67,8 +80,11 @@ def test_lanes_and_states_follow_the_rule_written_out(
     rank: str,
     owner: str,
 ) -> None:
-    """Also where sets, towers and attention belong to a task, and where a task is a product."""
+    """Also where sets, towers and attention belong to a task, whoever else trains them, and where a task is a
+    product."""
     words = [
+        *(PRODUCT if product and preset != "esmm" else []),
+        *(owned_sets(foreign) if preset in ("stem", "ple") else []),
         f"tasks.click.weight={weights[0]}", f"tasks.conversion.weight={weights[1]}",
         f"tasks.click.rank={rank}", f"model.attention_owner={owner}",
         f"groups.attention.optimizer={attention}", f"groups.representation.optimizer={representation}",
@@ -112,7 +128,7 @@ def test_two_ranks_equal_one(case: str, on_ranks: dict[int, Any]) -> None:
     assert shares.keys() == more.keys() and {"groups.attention", "attention__item_id"} < shares.keys()
     for unit in shares:
         assert sum(shares[unit].values()) == pytest.approx(1) == pytest.approx(sum(more[unit].values()))
-        tables = "groups." in unit or "__" in unit
+        tables = any(mark in unit for mark in ("groups.", "__", "/"))
         assert tables or shares[unit] == pytest.approx(more[unit], abs=0.01)
     for name, weight in weights.items():
         # Adam turns the rounding of gradients that are all but zero into steps.
@@ -158,8 +174,7 @@ def test_the_size_of_a_loss_does_not_matter(log: Path, tmp_path: Path) -> None:
                 made = training(config, ranks, tmp_path)
                 list(made.steps(6))
                 found.append(made.folded())
-            pairs = [(weight, found[1][name]) for name, weight in found[0].items()]
-            moved[rule] = max(float((a - b).norm() / a.norm()) for a, b in pairs)
+            moved[rule] = max(differences(*found).values())
     assert moved["per_task"] < 1e-4, moved
     assert moved["summed"] > 0.05, moved
 
@@ -244,22 +259,6 @@ def test_what_the_rule_cannot_be_had_with_is_refused(words: list[str], problem: 
         with pytest.raises(ConfigError, match=f"per_task.*{problem}"):
             load_config(ROOT / "configs/mmoe.toml", [rule, *words])
         load_config(ROOT / "configs/mmoe.toml", words)
-
-
-def test_lanes_are_of_the_tasks_that_some_phase_trains() -> None:
-    def lanes(*words: str) -> tuple[str, ...]:
-        tasks = {
-            "a": TaskConfig(), "b": TaskConfig(weight=0), "c": TaskConfig(loss="none"),
-            "both": TaskConfig(label="b", product=("a", "c")),
-        }  # fmt: skip
-        config = load_config(ROOT / "configs/mmoe.toml", words)
-        assert not config.without_lanes().lanes(resolve_tasks(tasks, ["a", "b", "c"]))
-        return config.lanes(resolve_tasks(tasks, ["a", "b", "c"]))
-
-    assert lanes() == lanes("phases=[{passes=1}]") == ()
-    assert lanes(PER_TASK) == ("a", "both")
-    assert lanes(PER_TASK, 'phases=[{passes=1, update="summed"}]') == ()
-    assert lanes('phases=[{passes=1}, {passes=1, update="per_task", weights={b=1}}]') == ("a", "b", "both")
 
 
 def test_no_task_dominates_however_large_its_loss(log: Path, tmp_path: Path) -> None:
