@@ -99,9 +99,7 @@ def _check_lanes(state: Mapping[str, Any], config: Config, labels: Sequence[str]
     """Refuse to go on with other states of tasks: other lanes of tables, or another optimizer."""
     try:
         given = Config.model_validate(state["config"])
-        before, now = (
-            (sorted(each.rules), each.lanes(resolve_tasks(each.tasks, labels))) for each in (given, config)
-        )
+        before, now = ((sorted(each.rules), _with_states(each, labels)) for each in (given, config))
     except (ConfigError, ValidationError):
         # Of another version, or of tasks that are not there: both are told elsewhere.
         return
@@ -112,9 +110,20 @@ def _check_lanes(state: Mapping[str, Any], config: Config, labels: Sequence[str]
     if words[0] != words[1]:
         raise ConfigError(
             f"this run was started with the update rule {words[0]}, now it is {words[1]} (train.update, "
-            "phases.*.update, weights of tasks); set it back, or start a new run from these weights with "
-            "--init-from"
+            "phases.*.update, weights and products of tasks); set it back, or start a new run from these "
+            "weights with --init-from"
         )
+
+
+def _with_states(config: Config, labels: Sequence[str]) -> list[str]:
+    """The tasks that have states of their own; a product with the factors whose weights it reaches."""
+    tasks = resolve_tasks(config.tasks, labels)
+    lanes = config.lanes(tasks)
+    return [
+        task.name if task.has_tower else f"{task.name} = {' * '.join(sorted(task.towers))}"
+        for task in tasks
+        if task.name in lanes
+    ]
 
 
 def _settings_of(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -153,6 +153,20 @@ def test_the_same_sets_may_be_written_in_another_way() -> None:
                 check_resumable(given, with_sets(other), "a", ["click"])
 
 
+def test_states_of_tasks_are_of_the_same_products() -> None:
+    """Its factors say what a product reaches, and so where it has a state."""
+
+    def of_product(*factors: str) -> Config:
+        tasks = [f"tasks.{name}.label=click" for name in ("a", "b", "c", "both")]
+        product = f"tasks.both.product={json.dumps(factors)}"
+        return changed("model.head=experts", "train.update=per_task", *tasks, product)
+
+    given = state() | {"config": of_product("a", "b").model_dump(mode="json")}
+    check_resumable(given, of_product("b", "a"), "a", ["click"])
+    with pytest.raises(ConfigError, match=r"both = a \* b, now .* both = a \* c .*set it back"):
+        check_resumable(given, of_product("a", "c"), "a", ["click"])
+
+
 def test_how_a_task_is_trained_may_change() -> None:
     given = state() | {"config": changed("tasks.a.weight=2").model_dump(mode="json")}
     check_resumable(given, changed("tasks.a.weight=3", "tasks.a.loss=focal"), "a")
