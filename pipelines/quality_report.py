@@ -22,8 +22,8 @@ _MOST_DOMAINS = 12
 
 _MODEL = "trained model"
 _REMEDY = (
-    "what may help: more steps (train.epochs, train.max_steps), other learning rates (train.learning_rate, "
-    "groups.NAME.learning_rate), a shorter warm-up"
+    "what may help: more steps (train.epochs, or passes and steps of phases), other learning rates "
+    "(train.learning_rate, groups.NAME.learning_rate), a shorter warm-up"
 )
 # What only probabilities have.
 _PROBABLE = ("logloss", "ne", "pcoc", "ece")

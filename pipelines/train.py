@@ -21,6 +21,7 @@ from trainer.config.places import place_of
 from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
 from trainer.loop.loop import Trainer
+from trainer.loop.phases import phases_of
 from trainer.loop.position import Position
 from trainer.quality.baseline_files import baselines_of
 from trainer.quality.baselines import by_baseline, counted_feature
@@ -51,7 +52,11 @@ def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
     settings = _settings(config, overrides)
     with process_group(settings.train.timeout_s, settings.train.device) as ranks, of_files(config, overrides):
         say = _say(ranks)
-        try_out(open_start(settings, out, ranks, say, checking=True), say)
+        start = open_start(settings, out, ranks, say, checking=True)
+        phases = phases_of(settings, start.domains)
+        for phase in phases if settings.phases else ():
+            say(phase.line(len(phases)))
+        try_out(start, say)
         say(f"{config} and {settings.data.log} fit together; {out} can be trained on {ranks.device}")
 
 
@@ -124,12 +129,15 @@ def _conclude(
     if trainer.stopped:
         say(f"stopped after step {end.step:,} as asked, and saved; the same command continues it")
         return
+    short = trainer.course.cut_short(end)
+    if short:
+        say(short)
     # An earlier start may have been killed between its last save and its summary.
     summed_up = from_rank_0(lambda: folder.read_summary().get("steps") == end.step)
     if resume.path is not None and end.step == resume.state["step"] and summed_up:
         raised = "train.early_stopping.patience" if trainer.ended_early else "train.epochs or train.max_steps"
         if trainer.config.phases:
-            raised = "passes or steps of the last of phases, or add one"
+            raised = "train.max_steps" if short else "passes or steps of the last of phases, or add one"
         say(f"nothing left to train: {folder.path} has all its {end.step:,} steps (raise {raised} for more)")
         return
     cpu_s, (metrics, step) = trainer.cpu_seconds(), trainer.kept_validation()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ class Course:
             self._say(f"phase {phase.name}: {self.validation.lacks}")
         if self.validation.kept is not None:
             # What the phase begins with may be better than all that comes of it.
-            self.validation.judge(at, phase, self.validation.measure(self.pipeline))
+            metrics = self.validation.measure(self.pipeline)
+            self._say(f"phase {phase.name} begins at:{metrics.text()}")
+            self.validation.judge(at, phase, metrics)
         return bool(lines)
 
     def take_up(self, phase: Phase, first_epoch: int) -> None:
@@ -133,6 +136,34 @@ class Course:
     def progress(self, at: Position) -> float:
         """Share of the phase that is done."""
         return at.progress(self.phase, self._pass_candidates)
+
+    def share(self, at: Position) -> float:
+        """About the share of the run that is done, by the steps of its phases and of their branches."""
+        before, now = sum(self._lengths[: self.phase.number]), self._lengths[self.phase.number]
+        done = self.progress(at)
+        if self.fork is not None:
+            done = min(1.0, (at.step - at.began.step) / now)
+        return (before + done * now) / sum(self._lengths)
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        """About how many steps each phase has, over all of its branches."""
+        lengths = []
+        for phase in self.phases:
+            reader = self.reader if self.supply is None else self.supply.reader(phase, 0)
+            steps = run_steps(phase.train, reader.candidates, self._config.data.batch_candidates)
+            fork = phase.settings.fork
+            lengths.append(max(1, steps) * (1 if fork is None else len(fork.branches)))
+        return lengths
+
+    def cut_short(self, at: Position) -> str:
+        """A line where `train.max_steps` ended the run before its phases did; else empty."""
+        limit = self._config.train.max_steps
+        if not self.phase.name or not limit or at.step < limit or (self.last and self.done(at)):
+            return ""
+        left = [phase.name for phase in self.phases[self.phase.number + 1 :]]
+        more = f"; {', '.join(left)} did not begin" if left else ""
+        return f"train.max_steps = {limit} ended the run inside {self.phase.name}{more}"
 
     def rate_factors(self, at: Position) -> tuple[float, float]:
         """Of dense weights and of tables in the next step, see `trainer.update.schedule`."""

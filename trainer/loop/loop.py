@@ -278,8 +278,9 @@ class Trainer:
         entry = {**self.course.told(branch=True), **losses, **speed, **rates, **self.step.report()}
         self.log.write(self.at.step, "train", entry)
         text = f"step {self.at.step}  loss {losses['loss']:.4f}  {rate:,.0f} samples/s"
-        # Phases are taken for equally long, since nobody knows how long those are that end early.
-        share = (self.course.phase.number + self.course.progress(self.at)) / len(self.course.phases)
+        if self.course.fork is not None:
+            text = f"{self.course.fork.of_branch()['branch']}: {text}"
+        share = self.course.share(self.at)
         self.bar.show(share, text, last=share >= 1)
         meter.restart()
 
@@ -390,4 +391,8 @@ class Trainer:
         if self.course.fork is not None:
             self.course.train_as(self.course.fork.branch)
             self.course.fork.resume(path, self.at)
-        self.say(f"resumed from {path}")
+        where = ""
+        if phase.name:
+            line = phase.line(len(self.course.phases))
+            where = f"; {self.at.steps_done:,} step(s) done of {line}"
+        self.say(f"resumed from {path}{where}")

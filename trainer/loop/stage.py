@@ -93,6 +93,10 @@ class Stage:
         if new:
             reset_weights(self._model, self._supply.groups, new, self._supply.fresh, phase.seed(self._seed))
             lines.append(f"new random weights: {', '.join(settings.reset)}")
+            frozen = self.frozen(phase)
+            if stays := [*sorted(new.groups & frozen.groups), *sorted(new.dense & frozen.dense)]:
+                more = f" and {len(stays) - 1} more" if len(stays) > 1 else ""
+                lines.append(f"frozen in the same phase, so that it stays random: {stays[0]}{more}")
         anew = self._parts(phase, "reset_state")
         if new or anew:
             reset_state(self._optimizer, new | anew)
