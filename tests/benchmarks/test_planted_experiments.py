@@ -128,7 +128,7 @@ def test_a_changed_run_is_not_taken_for_the_experiments_own(
     def train(out: Path, overrides: list[str], tied: bool) -> Measured:
         out.mkdir(parents=True)
         given.append(overrides)
-        return Measured(None, {}, 0.0, 0.0, {}, (), {"click": 0.3})  # type: ignore[arg-type]
+        return Measured(None, {}, 0.0, 0.0, {}, (), learned={"click": 0.3})  # type: ignore[arg-type]
 
     def measure(of: Measured) -> dict[str, float]:
         return {"logloss": 0.1 * len(given)}

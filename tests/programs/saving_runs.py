@@ -169,7 +169,7 @@ def dump_loaded(folder: Path) -> Callable[[Ranks], None]:
                 elif isinstance(tree, torch.Tensor):
                     parts[f"{prefix}@"] = tree.numpy().copy()
 
-            walk("", self._tensors())
+            walk("", self.course.tensors())
             np.savez(folder / f"loaded-{ranks.world_size}-{ranks.rank}.npz", **parts)
 
         Trainer.resume = dumping  # type: ignore[method-assign]

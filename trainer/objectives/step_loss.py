@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import Any, NamedTuple
 
@@ -64,6 +64,11 @@ class Losses:
 
     def total(self) -> Tensor:
         """Scalar."""
+        return self._sum
+
+    @cached_property
+    def _sum(self) -> Tensor:
+        # Added up once, whoever asks.
         return reduce(add, self.parts)
 
 
