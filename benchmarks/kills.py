@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report
 from embeddings.errors import TandemError
-from trainer.checkpoint.files import checkpoints
+from trainer.checkpoint.files import checkpoints, read_state
+from trainer.checkpoint.tensors import TensorReader
 
 _COLUMNS = {"kill": "{kill}", "after step": "{after:,}", "saved steps": "{steps:,}", "phase": "{phase}"}
 # What a line of metrics says of time.
@@ -87,21 +86,16 @@ def _reported(run: Path) -> int:
 
 def _place(run: Path) -> dict[str, Any]:
     """What the newest checkpoint says of where it stands."""
-    found = sorted(checkpoints(run / "checkpoints")) if (run / "checkpoints").is_dir() else []
-    if not found:
-        return {"steps": 0, "phase": ""}
-    state = json.loads((found[-1] / "state.json").read_text())
-    return {"steps": state["step"], "phase": state.get("phase_name", "")}
+    found = checkpoints(run / "checkpoints")
+    state = read_state(found[0]) if found else {}
+    return {"steps": state.get("step", 0), "phase": state.get("phase_name", "")}
 
 
 def _differences(one: Path, two: Path) -> list[str]:
     """What is not the same in two runs, by its name."""
-    before, after = (_tensors(max(checkpoints(run / "checkpoints"))) for run in (one, two))
-    found = (
-        [f"other tensors: {', '.join(sorted(before.keys() ^ after.keys()))}"]
-        if before.keys() != after.keys()
-        else []
-    )
+    before, after = (_tensors(checkpoints(run / "checkpoints")[0]) for run in (one, two))
+    others = sorted(before.keys() ^ after.keys())
+    found = [f"other tensors: {', '.join(others)}"] if others else []
     found += [name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])]
     lines = [_lines(run) for run in (one, two)]
     return found + (["metrics.jsonl"] if lines[0] != lines[1] else [])
@@ -113,11 +107,5 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
-    return tensors
+    reader = TensorReader(folder)
+    return {name: reader.whole(name) for name in reader.saved_names()}

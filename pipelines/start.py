@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +212,8 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     for line in task_lines(config, manifest, train):
         say(line)
     if validation is not None and validation.sample is not None:
-        count, drawn = config.train.validate_candidates, validation.sample
-        say(
-            f"validation: about {count:,} of {validation.candidates:,} candidates, those of "
-            f"{drawn.users:.1%} of the users in {drawn.row_groups:,} row groups, the same each time "
-            "(train.validate_candidates = 0 takes all)"
-        )
+        drawn = validation.sample.line(validation.expected, validation.candidates)
+        say(f"validation: {drawn} (train.validate_candidates = 0 takes all)")
     for line in from_rank_0(lambda: list(unobserved_lines(train, manifest)), slow=True):
         say(line)
     if not config.phases:
@@ -240,8 +235,7 @@ def _fresh_dense(config: Config, manifest: LogManifest, seed: int) -> dict[str, 
     """The dense weights and buffers that a new model begins with, by name; its tables take no memory."""
     train = config.train.model_copy(update={"seed": seed})
     model, _ = build_trainable(config.model_copy(update={"train": train}), manifest, torch.device("meta"))
-    named = chain(model.named_parameters(), model.named_buffers())
-    return {name: tensor.detach() for name, tensor in named if not name.startswith("collections.")}
+    return model.dense_tensors()
 
 
 def _refused_lines(resume: checkpoint.ResumePoint, folder: RunFolder, keep: int) -> list[str]:

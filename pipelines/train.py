@@ -177,6 +177,14 @@ def _conclude(
     # Rank 0 may count for long, and what it cannot write is every rank's failure.
     for line in from_rank_0(summarise, slow=True):
         say(line)
+    _say_what_is_there(trainer, end, manifest, say)
+
+
+def _say_what_is_there(
+    trainer: Trainer, end: Position, manifest: LogManifest, say: Callable[[str], None]
+) -> None:
+    """Name what the run folder has to look at, and the verb that comes next; collective."""
+    folder = trainer.folder
     quoted = shlex.quote(str(folder.path))
     split = next(filter(manifest.holds, ("test", "validation")), "train")
     other = "" if split == "test" else f" --split {split}"

@@ -116,7 +116,7 @@ class Runs:
 
 def tensors(path: Path) -> dict[str, Any]:
     reader = TensorReader(path)
-    return {name: reader.whole(name).tolist() for name in reader._tensors}
+    return {name: reader.whole(name).tolist() for name in reader.saved_names()}
 
 
 def far(one: Any, other: Any) -> float:

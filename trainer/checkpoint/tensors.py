@@ -65,6 +65,10 @@ class TensorReader:
         found = [name for name in self._tensors if name.startswith(_MODEL) and name not in lanes]
         return [name.removeprefix(_MODEL) for name in found]
 
+    def saved_names(self) -> list[str]:
+        """The names of all tensors as they were saved, those of optimizers and lanes among them."""
+        return [*self._tensors]
+
     def lanes(self, name: str) -> list[str]:
         """The names of the weights of a table's lanes, which `names` leaves out."""
         return [lane.removeprefix(_MODEL) for lane in self._lanes.get(self._saved_name(name), ())]

@@ -69,6 +69,13 @@ class Sample:
             candidates=np.where(kept, plan.candidates, 0),
         )
 
+    def line(self, read: int, candidates: int) -> str:
+        """What it is, of so many candidates of which about `read` are read."""
+        return (
+            f"about {read:,} of {candidates:,} candidates, those of {self.users:.1%} of the users in "
+            f"{self.row_groups:,} row groups, the same each time"
+        )
+
 
 def _hashed(numbers: npt.NDArray[np.int64 | np.uint64]) -> npt.NDArray[np.uint64]:
     """A number from 0 to 2^64 - 1 for each, as good as random (SplitMix64, Steele et al. 2014)."""

@@ -61,7 +61,7 @@ class Stage:
         self._rates = RateSetter(model, optimizer)
         self._dense = dense_weights(model)
         self.whole = Parts(frozenset(model.module.lookups.groups), frozenset(self._dense))
-        self._heads = HeadsOfDomains(model, optimizer)
+        self._heads, self._frozen_now = HeadsOfDomains(model, optimizer), Parts()
         for phase in phases if supply is not None else ():
             for each in (phase, *branches_of(phase)):
                 self._check(each)
@@ -82,7 +82,8 @@ class Stage:
         self._step.weigh(settings.weights)
         self._step.follow(phase.train.update)
         self._step.tied = self._heads.tied if settings.heads == "tied" else None
-        return freeze(self._model, self._dense, self.frozen(phase))
+        self._frozen_now = self.frozen(phase)
+        return freeze(self._model, self._dense, self._frozen_now)
 
     def enter(self, phase: Phase) -> list[str]:
         """Do what a phase begins with, before it is taken up; -> lines that say what."""
@@ -122,8 +123,7 @@ class Stage:
     def frozen(self, phase: Phase) -> Parts:
         """What does not move in a phase."""
         moving = self._parts(phase, "train")
-        self._frozen_now = self.whole - moving if moving else self._parts(phase, "freeze")
-        return self._frozen_now
+        return self.whole - moving if moving else self._parts(phase, "freeze")
 
     def _parts(self, phase: Phase, key: str) -> Parts:
         return Parts.of(getattr(phase.settings, key), self.whole, f"{phase.key}.{key}")

@@ -197,6 +197,7 @@ class TrainStep:
         self._dense_optimizer = dense_optimizer(optimizer)
         self._shell, self._reach = shell, reach_of(model, config)
         first = config.phases[0].update if config.phases else None
+        self._followed: UpdateRule | None = None
         self.follow(first or config.train.update)
         if guard is not None and guard.reads_late and not self._dense_optimizer.fused:
             raise ValueError("a guard that reads late needs make_optimizer(..., fused=True)")
@@ -207,6 +208,12 @@ class TrainStep:
         Raises:
             ConfigError: `per_task` with tables that lie on every rank.
         """
+        if rule != self._followed:
+            self._take_rule(rule)
+        self.losses.by_task = self._rule.by_task
+
+    def _take_rule(self, rule: UpdateRule) -> None:
+        self._followed = rule
         self._rule: Summed | PerTask = Summed(self._dense)
         self._dominance: Dominance | None = None
         if rule == "per_task":
@@ -220,7 +227,6 @@ class TrainStep:
                 self._world_size,
                 self._config.seed,
             )
-        self.losses.by_task = self._rule.by_task
 
     def _losses_of(self, tasks: Sequence[Task]) -> StepLoss:
         rank = dist.get_rank() if self._world_size > 1 else 0

@@ -59,7 +59,7 @@ def at(run_: Path, step: int) -> dict[str, Tensor]:
     """All tensors of a checkpoint, whatever it builds on."""
     (path,) = [path for path in checkpoints(run_ / "checkpoints") if int(path.name[-8:]) == step]
     reader = TensorReader(path)
-    return {name: reader.whole(name) for name in reader._tensors}
+    return {name: reader.whole(name) for name in reader.saved_names()}
 
 
 def forked(branches: list[dict[str, Any]] = BRANCHES, steps: int = 4, **fork: Any) -> list[dict[str, Any]]:
