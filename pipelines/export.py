@@ -20,7 +20,7 @@ from embeddings.groups import TableGroup
 from embeddings.lookup.stored import WIDTHS, Dtype
 from pipelines.console import quiet_third_parties
 from pipelines.export_parity import Parity, compare
-from trainer.assemble import build_trainable, feature_rows, resolve_groups
+from trainer.assemble import build_trainable, feature_rows, id_bounds, resolve_groups
 from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
@@ -74,7 +74,7 @@ class _Run:
         """The split that scores are compared on, in steps of the run's size or of another."""
         changes = {} if candidates is None else {"batch_candidates": candidates}
         data = self.config.data.model_copy(update=changes)
-        return SequenceLogReader(data, self.split, feature_rows(self.groups), tasks=self.tasks)
+        return SequenceLogReader(data, self.split, id_bounds(self.groups, self.config), tasks=self.tasks)
 
     @property
     def tasks(self) -> tuple[Task, ...]:

@@ -26,7 +26,7 @@ from trainer.assemble import (
     build_trainable,
     cluster_of,
     count_domains,
-    feature_rows,
+    id_bounds,
     plan_request,
     resolve_groups,
     room_for_tables,
@@ -105,7 +105,7 @@ class Start:
         """
         split, domains = phase.reads
         if split not in self.readers:
-            rows, seed = feature_rows(self.groups), self.config.train.seed
+            rows, seed = id_bounds(self.groups, self.config), self.config.train.seed
             whole = self.train
             if split != whole.split:
                 whole = open_split(self.config, split, rows, self.ranks, seed=seed)
@@ -194,7 +194,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     groups = resolve_groups(config, manifest)
     trained_tasks(tasks, config.train.objective, count_domains(config, manifest), config.train.mean)
     kind_for(config.train.pipeline, ranks.device)
-    rows = feature_rows(groups)
+    rows = id_bounds(groups, config)
     train = open_split(config, "train", rows, ranks, seed=config.train.seed)
     domains = _domains(config, train)
     phases = phases_for(config, manifest, tasks, domains)
@@ -271,7 +271,7 @@ def try_out(start: Start, say: Say) -> None:
     if start.validation is not None:
         _first(start.validation)
     if start.manifest.holds("test"):
-        _first(open_split(start.config, "test", feature_rows(start.groups), start.ranks))
+        _first(open_split(start.config, "test", id_bounds(start.groups, start.config), start.ranks))
 
 
 def _check_plan(start: Start, built: tuple[TwoStageModel, dict[str, TableGroup]], say: Say) -> None:

@@ -32,7 +32,7 @@ from trainer.config.places import place_of
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import flat_settings
 from trainer.data.domain import DomainColumn
-from trainer.log.schema import LogManifest
+from trainer.log.schema import ANY_ID, LogManifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.sizes import Dimensions
 from trainer.needs.model_memory import check_dense, check_step
@@ -85,6 +85,13 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
     if config.data.domain:
         # Before a group or a gate misses it.
         DomainColumn.of(manifest, config.data.domain)
+    for name, info in {**manifest.features, **manifest.context}.items():
+        used = any(name in (group.features or (name,)) for group in config.groups.values())
+        if info.raw and used and name not in config.ids:
+            raise ConfigError(
+                f"the log's ids of {name!r} are raw 64-bit numbers, for which no table is large enough: add "
+                f"[ids.{name}] with a capacity"
+            )
     groups = build_groups(config, items, contexts, tasks)
     features = {**manifest.features, **manifest.context}
     for group in groups.values():
@@ -148,8 +155,13 @@ def count_domains(config: Config, manifest: LogManifest) -> int:
 
 
 def feature_rows(groups: Mapping[str, TableGroup]) -> dict[str, int]:
-    """Feature -> rows of its tables: the bound that the reader checks ids against."""
+    """Feature -> rows of its tables."""
     return {table.feature: table.rows for group in groups.values() for table in group.tables}
+
+
+def id_bounds(groups: Mapping[str, TableGroup], config: Config) -> dict[str, int]:
+    """Feature -> the ids that the reader lets pass: rows of its tables, or any where ids come and go."""
+    return {name: ANY_ID if name in config.ids else rows for name, rows in feature_rows(groups).items()}
 
 
 def build_model(

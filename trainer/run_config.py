@@ -15,7 +15,9 @@ from torch import nn
 from embeddings.errors import ConfigError, hint_of
 from embeddings.first_rows import FirstWeights
 from embeddings.groups import EmbeddingSet, TableGroup, TableSpec
+from embeddings.ids.rules import IdRules
 from embeddings.optimizers import FusedOptimizer
+from trainer.config.ids import IdsConfig
 from trainer.config.model import CONTEXT_ROLES, OPTIONAL_ROLES, section_of
 from trainer.config.per_task import against_per_task
 from trainer.config.phases import PhaseConfig, UpdateRule
@@ -35,6 +37,7 @@ class Config(Settings):
         default_factory=lambda: {"attention": GroupConfig(), "representation": GroupConfig()}
     )
     tables: dict[str, TableConfig] = Field(default_factory=dict)
+    ids: dict[str, IdsConfig] = Field(default_factory=dict)
     tasks: dict[TaskName, TaskConfig] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()
     phases: tuple[PhaseConfig, ...] = ()
@@ -62,6 +65,30 @@ class Config(Settings):
                 f"group {sorted(unused)[0]!r} serves no role; remove it or name it in model.roles"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_ids(self) -> Config:
+        for feature in self.ids:
+            if self.tables.get(feature, TableConfig()).rows is not None:
+                raise ValueError(
+                    f"tables.{feature}.rows: ids.{feature}.capacity says how many rows there are"
+                )
+            if feature == self.data.domain:
+                raise ValueError(
+                    f"ids.{feature}: data.domain names it, and a domain's id must stay what it is"
+                )
+            for name, group in self.groups.items():
+                if "data_parallel" in group.sharding and feature in (group.features or (feature,)):
+                    raise ValueError(
+                        f'groups.{name}.sharding: "data_parallel" tables cannot give rows to new ids, and '
+                        f"ids.{feature} wants that; use another sharding"
+                    )
+        return self
+
+    @property
+    def id_rules(self) -> dict[str, IdRules]:
+        """Of each feature whose ids come and go."""
+        return {feature: each.rules(self.train.seed) for feature, each in self.ids.items()}
 
     @model_validator(mode="after")
     def _check_towers(self) -> Config:
@@ -248,6 +275,10 @@ def build_groups(
                 f"tables.{feature}.rows = {table.rows}, but the log holds ids up to {rows[feature] - 1}"
             )
     sizes = {**rows, **{name: table.rows for name, table in config.tables.items() if table.rows}}
+    for feature in config.ids:
+        if feature not in rows:
+            raise ConfigError(f"ids.{feature}: the log has no such feature; it has {known}")
+    sizes |= {feature: each.rows for feature, each in config.id_rules.items()}
     groups = {}
     for name, group in config.groups.items():
         of_context = name in [getattr(config.model.roles, role) for role in CONTEXT_ROLES]

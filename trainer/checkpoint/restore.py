@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.assemble import ShardedModel, build_sharded, feature_rows
+from trainer.assemble import ShardedModel, build_sharded, id_bounds
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
 from trainer.checkpoint.tensors import TensorReader
@@ -45,7 +45,8 @@ class RestoredModel:
 
     @property
     def rows(self) -> dict[str, int]:
-        return feature_rows(self.sharded.groups)
+        """Feature -> the bound of its ids in the log."""
+        return id_bounds(self.sharded.groups, self.config)
 
 
 def restore(folder: RunFolder, ranks: Ranks, which: str = "", weights: Weights = "raw") -> RestoredModel:

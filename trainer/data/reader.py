@@ -20,6 +20,7 @@ from functools import cached_property, partial
 from itertools import repeat
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -81,6 +82,8 @@ class Step(Movable):
         last: it is the last one of its epoch.
         sources: the row groups that the batch came from.
         shares: candidates of each rank, 0 where its part does not count; empty where there is one rank.
+        new_rows: of each feature whose ids come and go, the rows that this step gave to new ids on any rank;
+            they begin anew before the step's lookup.
     """
 
     batch: RequestBatch
@@ -89,6 +92,7 @@ class Step(Movable):
     last: bool = False
     sources: tuple[RowGroup, ...] = ()
     shares: tuple[int, ...] = ()
+    new_rows: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
 
     # TorchRec's pipelines read the ids of a later step from what they carry, by the names of the attributes
     # that the model's forward pass reads them from.

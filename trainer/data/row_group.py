@@ -183,7 +183,7 @@ class GroupColumns:
         `owners` delimits the bags of each row (or request) for the error.
         """
         # Windows of row groups are kept in memory, and most of what they hold is ids.
-        small = all(info.rows <= 1 << 31 for info in infos.values())
+        small = all(info.bound <= 1 << 31 for info in infos.values())
         kind = np.dtype(np.int32 if small else np.int64)
         single = [name for name, info in infos.items() if not info.multi]
         ids = np.empty((len(single), int(owners[-1])), dtype=kind)
@@ -193,10 +193,10 @@ class GroupColumns:
             values = items(column)
             if info.multi:
                 offsets, values = self.unnest(values, column)
-                checked = self.ids(values, column, info.rows, offsets[owners])
+                checked = self.ids(values, column, info.bound, offsets[owners])
                 multi[name] = Bags(checked.astype(kind), offsets)
             else:
-                ids[single.index(name)] = self.ids(values, column, info.rows, owners)
+                ids[single.index(name)] = self.ids(values, column, info.bound, owners)
         return FeatureIds(single, ids, multi)
 
     def ids(self, values: pa.Array, name: str, rows: int, owners: Ints) -> Ints:

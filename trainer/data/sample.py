@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from embeddings.ids.hashing import hashed
 from trainer.data.row_group import Ints
 from trainer.data.rows import PlanRows
 
@@ -50,13 +51,13 @@ class Sample:
     def places(self, places: Sequence[_Place]) -> list[_Place]:
         """The row groups that are drawn, in their order."""
         # Hashed twice: users may be numbered as their row groups are.
-        order = np.argsort(_hashed(_hashed(np.arange(len(places)))), kind="stable")
+        order = np.argsort(hashed(hashed(np.arange(len(places)))), kind="stable")
         return [places[number] for number in np.sort(order[: self.row_groups]).tolist()]
 
     def holds(self, users: Ints) -> Bools:
         """[n], whether each of the users belongs to it."""
         # The upper 53 bits, as a number in [0, 1).
-        chosen: Bools = (_hashed(users) >> np.uint64(11)) * 2.0**-53 < self.users
+        chosen: Bools = (hashed(users) >> np.uint64(11)) * 2.0**-53 < self.users
         return chosen
 
     def of_plan(self, plan: PlanRows) -> PlanRows:
@@ -75,12 +76,3 @@ class Sample:
             f"about {read:,} of {candidates:,} candidates, those of {self.users:.1%} of the users in "
             f"{self.row_groups:,} row groups, the same each time"
         )
-
-
-def _hashed(numbers: npt.NDArray[np.int64 | np.uint64]) -> npt.NDArray[np.uint64]:
-    """A number from 0 to 2^64 - 1 for each, as good as random (SplitMix64, Steele et al. 2014)."""
-    z = np.asarray(numbers).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    hashed: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
-    return hashed

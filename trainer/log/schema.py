@@ -27,6 +27,8 @@ from trainer.log.names import FileName, path_problem
 from trainer.sealed_folder import DIGEST, MANIFEST, Seal
 from trainer.storage import is_remote
 
+# The bound of raw ids, which may be any 64-bit integers.
+ANY_ID: Final = 1 << 64
 FORMAT: Final = "tandemrec.sequence-log"
 VERSION: Final = 1
 VOCABULARIES = "vocab"
@@ -40,7 +42,10 @@ class FeatureInfo(Settings):
     """An id feature."""
 
     rows: int = Field(ge=1)
-    """The largest id + 1: the rows that an embedding table needs. Id 0 is unknown."""
+    """The largest id + 1: the rows that an embedding table needs. Id 0 is unknown. 1 where ids are raw."""
+    raw: bool = False
+    """Whether ids are any 64-bit integers, such as hashes, instead of dense ones. A model needs
+    [ids.<feature>] for it."""
     vocabulary: str = ""
     """SHA-256 of the values that the ids stand for, in order; empty if there are none."""
     multi: bool = False
@@ -48,6 +53,11 @@ class FeatureInfo(Settings):
     side: Side = "both"
     """What carries it: `both` behaviors and candidates, only `history` (a behavior's type, say) or only
     `candidate`. Where it is missing its bag is empty, so its vector is zero."""
+
+    @property
+    def bound(self) -> int:
+        """Ids lie below it."""
+        return ANY_ID if self.raw else self.rows
 
     @property
     def of_behaviors(self) -> bool:

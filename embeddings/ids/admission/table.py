@@ -1,0 +1,8 @@
+"""The rules of admission by their names in `ids.<feature>.admission`; a new one gets its line here."""
+
+from __future__ import annotations
+
+from embeddings.ids.admission.admission import Admission
+from embeddings.ids.admission.everything import Everything
+
+ADMISSIONS: dict[str, type[Admission]] = {"all": Everything}

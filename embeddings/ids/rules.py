@@ -1,0 +1,86 @@
+"""Which raw ids of a feature get a row of its tables, and which give theirs up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from embeddings.ids.hashing import Hashes, hashed
+
+Ids = npt.NDArray[np.int64]
+# Rows of a bucket: an id has a place in one bucket only, so that looking for it is looking at so many rows.
+_BUCKET = 64
+
+
+@dataclass(frozen=True)
+class IdRules:
+    """The rules of one feature's ids. Times are event times in seconds, never those of a clock.
+
+    Attributes:
+        capacity: the most ids that have a row at a time.
+        shared_rows: rows that all other ids share, by hash.
+        admission: name of one of `embeddings.ids.admission.table.ADMISSIONS`.
+        admit_count: sightings that an id needs, for `count`; counter: how they are counted.
+        sketch_cells: of the counter `sketch`.
+        admit_chance: of each sighting, for `chance`.
+        counts: the sightings that count: as a candidate, or all. A feature of behaviors alone counts all.
+        eviction: name of one of `embeddings.ids.eviction.table.EVICTIONS`.
+        half_life: for `lfu_decay`.
+        ttl: an id that was not seen for so long loses its row; 0 = never.
+        protected_rows: about so many rows, those seen last, stay whatever their age.
+        seed: of draws of `chance`.
+    """
+
+    capacity: int
+    shared_rows: int = 64
+    admission: str = "all"
+    admit_count: int = 2
+    counter: Literal["exact", "sketch"] = "exact"
+    sketch_cells: int = 1 << 20
+    admit_chance: float = 0.1
+    counts: Literal["all", "candidates"] = "all"
+    eviction: str = "lru"
+    half_life: int = 7 * 86_400
+    ttl: int = 0
+    protected_rows: int = 0
+    seed: int = 17
+
+    @property
+    def buckets(self) -> int:
+        """Buckets of the whole map, whatever the number of ranks; each has its own part of the rows."""
+        return max(1, self.capacity // _BUCKET)
+
+    @property
+    def ways(self) -> int:
+        """Rows of a bucket."""
+        return self.capacity // self.buckets
+
+    @property
+    def rows(self) -> int:
+        """Rows of the feature's tables: the shared ones, then those of the buckets."""
+        return self.shared_rows + self.buckets * self.ways
+
+    def bucket(self, hashes: Hashes) -> npt.NDArray[np.int64]:
+        """The bucket of each id, by its hash."""
+        high = hashes >> np.uint64(32)
+        return ((high * np.uint64(self.buckets)) >> np.uint64(32)).astype(np.int64)
+
+    def shared_row(self, hashes: Hashes) -> npt.NDArray[np.int64]:
+        """The row of each id that has none of its own."""
+        # Hashed once more: neither the bucket nor the mark says anything about it.
+        mixed = hashed(hashes) >> np.uint64(32)
+        return ((mixed * np.uint64(self.shared_rows)) >> np.uint64(32)).astype(np.int64)
+
+
+def part_of(buckets: int, rank: int, world_size: int) -> range:
+    """The buckets whose ids a rank looks after."""
+    return range(buckets * rank // world_size, buckets * (rank + 1) // world_size)
+
+
+def owner_of(buckets: int, bucket: npt.NDArray[np.int64], world_size: int) -> npt.NDArray[np.int64]:
+    """The rank of each bucket, see `part_of`."""
+    first = np.array([part_of(buckets, rank, world_size).start for rank in range(world_size)])
+    return np.searchsorted(first, bucket, side="right") - 1

@@ -1,0 +1,86 @@
+"""The section ids of the trainer's configuration: features whose ids come and go."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
+
+from embeddings.ids.admission.table import ADMISSIONS
+from embeddings.ids.eviction.table import EVICTIONS
+from embeddings.ids.rules import IdRules
+from trainer.config.toml import Settings
+
+_DAY = 86_400
+
+
+def _known(kinds: dict[str, type], what: str) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in kinds:
+            raise ValueError(f"no {what} is called that; they are {', '.join(kinds)}")
+        return name
+
+    return AfterValidator(check)
+
+
+AdmissionName = Annotated[
+    str, _known({**ADMISSIONS}, "admission"), Field(json_schema_extra={"enum": [*ADMISSIONS]})
+]
+EvictionName = Annotated[
+    str, _known({**EVICTIONS}, "eviction"), Field(json_schema_extra={"enum": [*EVICTIONS]})
+]
+
+
+class IdsConfig(Settings):
+    """One feature whose ids get rows when they are seen and lose them again, see docs/online.md.
+
+    Its ids in the log may be any 64-bit integers. All groups and sets share the map from ids to rows, so
+    that an id has a row in all of the feature's tables, or in none.
+    """
+
+    capacity: PositiveInt
+    """The largest number of ids that have a row at a time. The tables have this number of rows, rounded
+    down to whole buckets of 64 to 127 rows, and the shared ones."""
+    shared_rows: PositiveInt = 64
+    """The number of rows that all other ids share, by hash."""
+    admission: AdmissionName = "all"
+    """When an id gets a row: `all` at its first sighting, `count` after `admit_count` sightings, `chance`
+    with probability `admit_chance` at each sighting."""
+    admit_count: int = Field(2, ge=2, le=65_535)
+    """The number of sightings that an id needs for `admission = "count"`."""
+    counter: Literal["exact", "sketch"] = "exact"
+    """How these are counted. `exact` keeps every id that waits. `sketch` keeps `sketch_cells` numbers
+    whatever the number of ids; it never counts too few, and now and then too many (see docs/online.md)."""
+    sketch_cells: int = Field(1 << 20, ge=64)
+    """The number of counters of a sketch. Each takes 8 bytes."""
+    admit_chance: float = Field(0.1, gt=0, le=1)
+    """The probability of `admission = "chance"`."""
+    counts: Literal["all", "candidates"] = "all"
+    """Which sightings count: `candidates` leaves out behaviors, which a log repeats with every later request
+    of their user. An id that only behaviors have then gets no row. For a feature that candidates do not have,
+    it is the same as `all`."""
+    eviction: EvictionName = "lru"
+    """Which id of a full bucket gives its row to a new one: the one whose newest event is oldest (`lru`),
+    that was seen least (`lfu`), that was seen least where sightings count half after every `half_life_days`
+    (`lfu_decay`), or none (`never`)."""
+    half_life_days: float = Field(7.0, gt=0, allow_inf_nan=False)
+    """The half-life of sightings for `lfu_decay`, in days of event time."""
+    ttl_days: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """An id loses its row when its newest event is older than this number of days of event time. 0 means
+    never."""
+    protected_rows: int = Field(0, ge=0)
+    """About this number of rows, those with the newest events, outlive `ttl_days`."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> IdsConfig:
+        if self.protected_rows > self.capacity:
+            raise ValueError("protected_rows is larger than capacity")
+        if self.protected_rows and not self.ttl_days:
+            raise ValueError("protected_rows protects from ttl_days, which is 0; set it, or leave this out")
+        return self
+
+    def rules(self, seed: int) -> IdRules:
+        """The same as the id stage takes it."""
+        given = self.model_dump(exclude={"half_life_days", "ttl_days"})
+        half_life, ttl = (round(days * _DAY) for days in (self.half_life_days, self.ttl_days))
+        return IdRules(**given, half_life=max(1, half_life), ttl=ttl, seed=seed)

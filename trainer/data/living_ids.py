@@ -1,0 +1,148 @@
+"""Batches with raw ids become batches with rows of the tables, for features whose ids come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embeddings.ids.bucket_map import Sightings
+from embeddings.ids.rules import IdRules
+from trainer.data.batch import RequestBatch
+
+Int64s = npt.NDArray[np.int64]
+# An id's time where nothing says when it was seen.
+_EVER = np.iinfo(np.int64).min
+
+
+class Finder(Protocol):
+    """What knows the rows of ids that do not change."""
+
+    def look_up(self, wanted: Int64s) -> Int64s: ...
+
+
+@dataclass(frozen=True)
+class SeenIds:
+    """The raw ids of one feature in a batch.
+
+    Attributes:
+        sightings: each id once; place: of each id of the batch among them.
+    """
+
+    sightings: Sightings
+    place: Int64s
+
+
+def ids_of(batch: RequestBatch, rules: Mapping[str, IdRules]) -> dict[str, Int64s]:
+    """The raw ids of each feature in a batch, as often as they stand there; none of one that it lacks."""
+    found = {name: np.zeros(0, dtype=np.int64) for name in rules}
+    for kjt in _parts(batch):
+        found |= {name: kjt.values()[part].numpy() for name, part in _segments(kjt) if name in rules}
+    return found
+
+
+def seen_ids(batch: RequestBatch, rules: Mapping[str, IdRules], counted: bool = True) -> dict[str, SeenIds]:
+    """The raw ids of each feature in a batch, with how often and when they were seen.
+
+    A behavior's id is seen at the behavior's time, that of a candidate or of a request at the request's.
+
+    Args:
+        counted: False where the batch repeats one of another rank: then nothing is a sighting.
+    """
+    behaviors, request_time = batch.behavior_time.numpy(), batch.request_time.numpy()
+    times = np.concatenate([behaviors, request_time[batch.candidate_request.numpy()]])
+    of_candidates = np.arange(times.size) >= behaviors.size
+    found = {}
+    for kjt in _parts(batch):
+        bag_times = times if kjt is batch.features else request_time
+        for name, part in _segments(kjt):
+            if name not in rules:
+                continue
+            ids, lengths = kjt.values()[part].numpy(), _lengths(kjt, name)
+            counts = np.ones(bag_times.size, dtype=np.int64)
+            if kjt is batch.features and rules[name].counts == "candidates" and lengths[of_candidates].any():
+                counts = of_candidates.astype(np.int64)
+            newest = bag_times
+            if not (lengths == 1).all():
+                counts, newest = np.repeat(counts, lengths), np.repeat(bag_times, lengths)
+            if not counted:
+                counts, newest = np.zeros_like(counts), np.full_like(newest, _EVER)
+            found[name] = _distinct(ids, counts, newest)
+    nothing = np.zeros(0, dtype=np.int64)
+    return {name: found.get(name) or _distinct(nothing, nothing, nothing) for name in rules}
+
+
+def with_rows(batch: RequestBatch, rows: Mapping[str, Int64s]) -> RequestBatch:
+    """The same batch with rows in the place of ids; `rows`: of each feature, for each id of the batch."""
+    features = _replaced(batch.features, rows)
+    context = None if batch.context is None else _replaced(batch.context, rows)
+    return replace(batch, features=features, context=context)
+
+
+def looked_up(batch: RequestBatch, finders: Mapping[str, Finder]) -> RequestBatch:
+    """The same batch with rows by maps that do not change."""
+    if not finders:
+        return batch
+    rows = {}
+    for kjt in _parts(batch):
+        for name, part in _segments(kjt):
+            if name in finders:
+                rows[name] = finders[name].look_up(kjt.values()[part].numpy())
+    return with_rows(batch, rows)
+
+
+def newest_request(batch: RequestBatch) -> int:
+    """Seconds."""
+    return int(batch.request_time.max()) if batch.requests else _EVER
+
+
+def _distinct(ids: Int64s, counts: Int64s, newest: Int64s) -> SeenIds:
+    # A hash table instead of a sort: four times as fast as numpy's unique.
+    coded = pa.array(ids).dictionary_encode()
+    distinct, place = coded.dictionary.to_numpy(), coded.indices.to_numpy().astype(np.int64)
+    total = np.bincount(place, counts, distinct.size).astype(np.int64)
+    last = np.full(distinct.size, _EVER)
+    np.maximum.at(last, place, newest)
+    return SeenIds(Sightings(distinct, total, last), place)
+
+
+def _parts(batch: RequestBatch) -> Iterator[KeyedJaggedTensor]:
+    yield batch.features
+    if batch.context is not None:
+        yield batch.context
+
+
+def _segments(kjt: KeyedJaggedTensor) -> Iterator[tuple[str, slice]]:
+    """Each key, and where its ids stand among the values."""
+    begin = 0
+    for key, length in zip(kjt.keys(), kjt.length_per_key(), strict=True):
+        yield key, slice(begin, begin + length)
+        begin += length
+
+
+def _lengths(kjt: KeyedJaggedTensor, name: str) -> npt.NDArray[np.int32]:
+    """Ids of each bag of a feature."""
+    lengths: npt.NDArray[np.int32] = kjt.lengths().view(len(kjt.keys()), -1)[kjt.keys().index(name)].numpy()
+    return lengths
+
+
+def _replaced(kjt: KeyedJaggedTensor, rows: Mapping[str, Int64s]) -> KeyedJaggedTensor:
+    if not any(key in rows for key in kjt.keys()):  # noqa: SIM118 - no dict
+        return kjt
+    values = kjt.values().clone()
+    for name, part in _segments(kjt):
+        if name in rows:
+            values[part] = torch.from_numpy(rows[name])
+    return KeyedJaggedTensor(
+        keys=kjt.keys(),
+        values=values,
+        lengths=kjt.lengths(),
+        stride=kjt.stride(),
+        length_per_key=kjt.length_per_key(),
+    )
