@@ -52,6 +52,8 @@ class IdStage:
 
     Attributes:
         maps: feature -> the part of its map that this rank looks after.
+        clock: int64 [2], the time of the newest request so far, seconds, and the number of steps; the same
+            on all ranks, and part of what a checkpoint keeps.
     """
 
     def __init__(
@@ -65,13 +67,12 @@ class IdStage:
         self.maps = {
             name: BucketMap(each, part_of(each.buckets, rank, world_size)) for name, each in rules.items()
         }
-        # The newest request so far, and the number of steps.
-        self._clock = np.array([np.iinfo(np.int64).min, 0])
+        self.clock = np.array([np.iinfo(np.int64).min, 0])
 
     @property
     def now(self) -> int:
         """Event time of the newest request so far, seconds."""
-        return int(self._clock[_NOW])
+        return int(self.clock[_NOW])
 
     def take(self, seen: Mapping[str, Sightings], newest_request: int, keep: bool = False) -> Taken:
         """Rows for the ids of a step of training, whose maps change; collective.
@@ -85,14 +86,14 @@ class IdStage:
         now = max(before, self._over_ranks(newest_request))
         if keep:
             clock = Journal()
-            clock.note(self._clock, np.arange(2))
+            clock.note(self.clock, np.arange(2))
             journals.append(clock)
-        self._clock[:] = now, self._clock[_STEPS] + 1
+        self.clock[:] = now, self.clock[_STEPS] + 1
 
         def take(name: str, part: Sightings) -> Found:
             ttl = self.rules[name].ttl
             ticked = bool(ttl) and (before < 0 or tick_of(now, ttl) > tick_of(before, ttl))
-            found = self.maps[name].take(part, now, int(self._clock[_STEPS]), ticked, keep)
+            found = self.maps[name].take(part, now, int(self.clock[_STEPS]), ticked, keep)
             if found.journal is not None:
                 journals.append(found.journal)
             return found
