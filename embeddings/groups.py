@@ -24,7 +24,8 @@ class TableSpec:
     """One embedding table: the ids of one feature, `rows` of them, each a vector of `dim` floats.
 
     `set` names the set that it belongs to, see `EmbeddingSet`; `lane` the task whose lane it is, see
-    `EmbeddingSet.losses`, empty for a group's main tables.
+    `EmbeddingSet.losses`, empty for a group's main tables. `apart` names the ids of the feature that the table
+    is looked up by, where they are not those that the other groups' tables of this feature are looked up by.
     """
 
     feature: str
@@ -32,6 +33,12 @@ class TableSpec:
     dim: int
     set: str = ""
     lane: str = ""
+    apart: str = ""
+
+    @property
+    def key(self) -> str:
+        """The key of a batch that has the ids which the table is looked up by."""
+        return self.apart or self.feature
 
 
 @dataclass(frozen=True)
@@ -137,8 +144,8 @@ class TableGroup:
         """
         tables = self.all_tables
         if len(tables) == len(self.features):
-            return [table.feature for table in tables]
-        return [f"{table.feature}@{self.table_name(table)}" for table in tables]
+            return [table.key for table in tables]
+        return [f"{table.key}@{self.table_name(table)}" for table in tables]
 
     @property
     def width(self) -> int:
