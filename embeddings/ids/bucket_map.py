@@ -23,6 +23,8 @@ from embeddings.ids.journal import Journal
 from embeddings.ids.rules import IdRules, Ids
 
 Int64s = npt.NDArray[np.int64]
+# Begins the names of the arrays in a state that admission keeps.
+ADMISSION = "admission."
 _TICKS = 16
 
 
@@ -100,7 +102,7 @@ class BucketMap:
         self._admission = ADMISSIONS[rules.admission](rules, buckets)
         self._eviction = EVICTIONS[rules.eviction](rules)
         # The first row of this part, of the whole table.
-        self._first = rules.shared_rows + buckets.start * rules.ways
+        self._first = rules.first_row(buckets)
 
     def look_up(self, ids: Ids) -> Int64s:
         """The row of each id, which may repeat; nothing changes."""
@@ -148,9 +150,17 @@ class BucketMap:
 
     def entries(self) -> tuple[Ids, Int64s]:
         """Every id that has a row, ascending, and its row."""
-        slots = np.flatnonzero(self._marks)
-        order = np.argsort(self._keys[slots], kind="stable")
-        return self._keys[slots][order], slots[order] + self._first
+        return self.entries_of(self.state(), self.buckets, self.rules)
+
+    @staticmethod
+    def entries_of(
+        state: Mapping[str, npt.NDArray[Any]], buckets: range, rules: IdRules
+    ) -> tuple[Ids, Int64s]:
+        """The same from the state of some buckets."""
+        slots = np.flatnonzero(state["marks"])
+        ids = state["keys"][slots]
+        order = np.argsort(ids, kind="stable")
+        return ids[order], slots[order] + rules.first_row(buckets)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """What a checkpoint keeps, bucket after bucket; the arrays are the map's own.
@@ -163,16 +173,15 @@ class BucketMap:
             "last": self._last,
             "uses": self._uses,
         }
-        return {**own, **{f"admission.{name}": each for name, each in self._admission.state().items()}}
+        return own | {ADMISSION + name: each for name, each in self._admission.state().items()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Take up what `state` gave, of the very same buckets."""
+        """Take up what `state` gave, of the very same buckets; without admission's part it begins anew."""
         for name, own in (("marks", self._marks), ("keys", self._keys), ("last", self._last)):
             own[...] = state[name]
         self._uses[...] = state["uses"]
-        prefix = "admission."
-        given = {name: each for name, each in state.items() if name.startswith(prefix)}
-        self._admission.load({name.removeprefix(prefix): each for name, each in given.items()})
+        given = {name: each for name, each in state.items() if name.startswith(ADMISSION)}
+        self._admission.load({name.removeprefix(ADMISSION): each for name, each in given.items()})
 
     def _find(self, ids: Ids, hashes: Hashes) -> Int64s:
         """The slot of each id in the arrays, -1 where it has none."""

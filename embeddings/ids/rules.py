@@ -84,6 +84,17 @@ class IdRules:
         """Rows of the feature's tables: the shared ones, then those of the buckets."""
         return self.shared_rows + self.buckets * self.ways
 
+    @property
+    def admission_state(self) -> tuple[str, ...]:
+        """What the layout of the state that admission keeps depends on, besides the buckets."""
+        if self.admission != "count":
+            return (self.admission,)
+        return (self.admission, self.counter, *([str(self.sketch_cells)] if self.counter == "sketch" else []))
+
+    def first_row(self, buckets: range) -> int:
+        """The first row of some buckets, of the whole table."""
+        return self.shared_rows + buckets.start * self.ways
+
     def bucket(self, hashes: Hashes) -> npt.NDArray[np.int64]:
         """The bucket of each id, by its hash."""
         high = hashes >> np.uint64(32)

@@ -53,6 +53,8 @@ class IdStage:
 
     Attributes:
         maps: name -> the part of the map that this rank looks after.
+        clock: int64 [2], the time of the newest request so far, seconds, and the number of steps; the same
+            on all ranks, and part of what a checkpoint keeps.
     """
 
     def __init__(
@@ -72,13 +74,12 @@ class IdStage:
             feature: [feature, *(name for name, each in rules.items() if each.within == feature)]
             for feature in self.features
         }
-        # The newest request so far, and the number of steps.
-        self._clock = np.array([np.iinfo(np.int64).min, 0])
+        self.clock = np.array([np.iinfo(np.int64).min, 0])
 
     @property
     def now(self) -> int:
         """Event time of the newest request so far, seconds."""
-        return int(self._clock[_NOW])
+        return int(self.clock[_NOW])
 
     def take(self, seen: Mapping[str, Sightings], newest_request: int, keep: bool = False) -> Taken:
         """Rows for the ids of a step of training, whose maps change; collective.
@@ -91,8 +92,8 @@ class IdStage:
         before = self.now
         now = max(before, self._over_ranks(newest_request))
         if journal is not None:
-            journal.note(self._clock, np.arange(2))
-        self._clock[:] = now, self._clock[_STEPS] + 1
+            journal.note(self.clock, np.arange(2))
+        self.clock[:] = now, self.clock[_STEPS] + 1
 
         def take(feature: str, part: Sightings) -> list[Found]:
             return self._take(feature, part, before, journal)
@@ -137,7 +138,7 @@ class IdStage:
 
     def _take(self, feature: str, part: Sightings, before: int, journal: Journal | None) -> list[Found]:
         """What each map of a feature does for the ids of this rank's buckets; `before`: the former now."""
-        rules, step = self.rules[feature], int(self._clock[_STEPS])
+        rules, step = self.rules[feature], int(self.clock[_STEPS])
         ticked = bool(rules.ttl) and (before < 0 or tick_of(self.now, rules.ttl) > tick_of(before, rules.ttl))
         whole = self.maps[feature].take(part, self.now, step, ticked, journal)
         found = [whole]
