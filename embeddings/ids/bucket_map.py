@@ -104,6 +104,11 @@ class BucketMap:
         # The first row of this part, of the whole table.
         self._first = rules.first_row(buckets)
 
+    @property
+    def live(self) -> int:
+        """Ids that have a row."""
+        return int(np.count_nonzero(self._marks))
+
     def look_up(self, ids: Ids) -> Int64s:
         """The row of each id, which may repeat; nothing changes."""
         hashes = hashed(ids)
