@@ -123,6 +123,8 @@ class SequenceLogReader:
         limit: about so many candidates are read at most, see `trainer.data.sample`; 0 = the whole split.
         own_row_groups: what `data.sharding = "auto"` means: each rank decodes row groups of its own where
             that spreads well; else every rank all of them. The same on all ranks.
+        manifest: says which splits there are, and which files of the log's folder they have; None: the one of
+            that folder.
 
     Attributes:
         row_groups: that are read; candidates: of the whole split, or of its chosen domains; sample: what is
@@ -149,13 +151,14 @@ class SequenceLogReader:
         prepare: Callable[[RequestBatch], RequestBatch] | None = None,
         limit: int = 0,
         own_row_groups: bool = False,
+        manifest: LogManifest | None = None,
     ) -> None:
         self._prepare = prepare
         self.config, self.split = config, split
         self.seed = seed if config.order == "shuffled" else None
         self.rank, self.world_size = rank, world_size
         self._own_row_groups = own_row_groups
-        manifest = read_manifest(config.log)
+        manifest = manifest or read_manifest(config.log)
         self.columns = _columns(manifest, rows, tasks, config)
         by_digest = not is_remote(config.log) if config.verify == "auto" else config.verify
         whole = by_digest and config.on_bad == "fail"
