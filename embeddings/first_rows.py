@@ -57,19 +57,48 @@ def initial_rows_(
         The same tensor.
     """
     columns = torch.arange(weight.shape[1], device=weight.device, dtype=torch.int64) + column_offset
-    column_key = _mix(columns + 0x9E3779B9 & _MASK)
     with torch.no_grad():
         for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
             stop = min(start + _ROWS_AT_ONCE, weight.shape[0])
             rows = torch.arange(start, stop, device=weight.device, dtype=torch.int64) + row_offset
-            row_key = _mix(_mix(rows & _MASK ^ seed) + (rows >> 32) & _MASK)
-            bits = _mix(row_key[:, None] ^ column_key[None, :])
-            bits = bits >> 8  # 24 random ones are left
-            if first.kind == "uniform":
-                values = bits.to(torch.float32) * 2.0**-24 * 2 - 1
-            else:
-                # In double precision, so that rounding does not depend on where in a shard a value lies.
-                symmetric = (bits.to(torch.float64) + 0.5) * 2.0**-23 - 1
-                values = (torch.erfinv(symmetric) * 2**0.5).to(torch.float32)
-            weight[start:stop] = (values * first.scale).to(weight.dtype)
+            weight[start:stop] = _values(rows, columns, seed, first).to(weight.dtype)
     return weight
+
+
+def initial_rows_at_(
+    weight: Tensor,
+    rows: Tensor,
+    seed: int,
+    first: FirstWeights,
+    row_offset: int = 0,
+    column_offset: int = 0,
+) -> Tensor:
+    """Give some rows of a shard their first weights again, in place; the others stay.
+
+    Args:
+        rows: int64 [n] on the shard's device, where the shard's first row is 0; the others as in
+            `initial_rows_`.
+
+    Returns:
+        The same tensor.
+    """
+    columns = torch.arange(weight.shape[1], device=weight.device, dtype=torch.int64) + column_offset
+    with torch.no_grad():
+        for part in rows.split(_ROWS_AT_ONCE):
+            weight[part] = _values(part + row_offset, columns, seed, first).to(weight.dtype)
+    return weight
+
+
+def _values(rows: Tensor, columns: Tensor, seed: int, first: FirstWeights) -> Tensor:
+    """float32 [rows, columns], by the numbers of rows and columns in the whole table."""
+    row_key = _mix(_mix(rows & _MASK ^ seed) + (rows >> 32) & _MASK)
+    column_key = _mix(columns + 0x9E3779B9 & _MASK)
+    bits = _mix(row_key[:, None] ^ column_key[None, :])
+    bits = bits >> 8  # 24 random ones are left
+    if first.kind == "uniform":
+        values = bits.to(torch.float32) * 2.0**-24 * 2 - 1
+    else:
+        # In double precision, so that rounding does not depend on where in a shard a value lies.
+        symmetric = (bits.to(torch.float64) + 0.5) * 2.0**-23 - 1
+        values = (torch.erfinv(symmetric) * 2**0.5).to(torch.float32)
+    return values * first.scale

@@ -24,7 +24,8 @@ class TableSpec:
     """One embedding table: the ids of one feature, `rows` of them, each a vector of `dim` floats.
 
     `set` names the set that it belongs to, see `EmbeddingSet`; `lane` the task whose lane it is, see
-    `EmbeddingSet.losses`, empty for a group's main tables.
+    `EmbeddingSet.losses`, empty for a group's main tables. `apart` names the ids that the table is looked up
+    by, where the other tables of its feature are looked up by others.
     """
 
     feature: str
@@ -32,6 +33,12 @@ class TableSpec:
     dim: int
     set: str = ""
     lane: str = ""
+    apart: str = ""
+
+    @property
+    def key(self) -> str:
+        """The key of a batch that has the ids which the table is looked up by."""
+        return self.apart or self.feature
 
 
 @dataclass(frozen=True)
@@ -137,8 +144,8 @@ class TableGroup:
         """
         tables = self.all_tables
         if len(tables) == len(self.features):
-            return [table.feature for table in tables]
-        return [f"{table.feature}@{self.table_name(table)}" for table in tables]
+            return [table.key for table in tables]
+        return [f"{table.key}@{self.table_name(table)}" for table in tables]
 
     @property
     def width(self) -> int:
@@ -167,6 +174,20 @@ class TableGroup:
             if each.name == name:
                 return replace(self, tables=self._tables_of(name), sets=(replace(each, losses=()),))
         raise KeyError(name)
+
+    def with_keys(self, keys: Mapping[str, str], rows: Mapping[str, int]) -> TableGroup:
+        """The group with other keys for the tables of some features.
+
+        Args:
+            keys: feature -> key; rows: key -> rows of tables that are looked up by it.
+        """
+        tables = (
+            replace(table, apart=keys[table.feature], rows=rows[keys[table.feature]])
+            if table.feature in keys
+            else table
+            for table in self.tables
+        )
+        return replace(self, tables=tuple(tables)) if keys else self
 
     def columns(self, name: str) -> slice:
         """Where the vector of a set is in the fused vector of one bag."""

@@ -383,7 +383,7 @@ def open_split(
         seed=seed,
         share=sum_counts,
         together=unhurried,
-        prepare=pinning(ranks.device),
+        prepare=None if config.ids else pinning(ranks.device),
         limit=limit,
         own_row_groups=ranks.device.type == "cuda",
     )

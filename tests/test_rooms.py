@@ -40,7 +40,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("windows", "sizes", "time", "ops", "border"),
     ),
     "embeddings": (
-        *("plan", "lookup", "ids", "groups", "optimizers", "first_rows", "agreement", "private"),
+        *("plan", "ids", "lookup", "groups", "optimizers", "first_rows", "agreement", "private"),
         *("disk", "errors"),
     ),
 }

@@ -34,7 +34,7 @@ def _described(group: TableGroup) -> list[dict[str, Any]]:
             "name": group.table_name(table),
             "num_embeddings": table.rows,
             "embedding_dim": table.dim,
-            "feature_names": [table.feature],
+            "feature_names": [table.key],
             "data_type": _DATA_TYPES[group.dtype],
             "init_fn": first_rows_come_later,
         }

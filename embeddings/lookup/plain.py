@@ -41,7 +41,7 @@ class PlainBagCollection(nn.Module):
         """KJT of stride B -> KeyedTensor whose values are [B, sum of dims]."""
         pooled = []
         for table in self.group.all_tables:
-            bag = features[table.feature]
+            bag = features[table.key]
             weight = getattr(self, self.group.table_name(table))
             pooled.append(sum_bags(weight, bag.values(), bag.offsets().to(bag.values().dtype)))
         dims = [table.dim for table in self.group.all_tables]

@@ -105,14 +105,14 @@ class Saver:
         state: Mapping[str, Any],
         best: int = -1,
         last: bool = False,
-        beside: checkpoint.Beside | None = None,
+        besides: Sequence[checkpoint.Beside] = (),
     ) -> None:
         """Save what training stands at; collective. Returns once the tensors may change again.
 
         Args:
             best: the step whose checkpoint stays, however old it gets; -1 = none.
             last: as in `settle`, of this save.
-            beside: see `save_load.save`; what it writes must not change any more.
+            besides: see `save_load.save`; what they write must not change any more.
 
         Raises:
             CheckpointError: this save failed, or the one before, and `on_error` is `stop`.
@@ -126,7 +126,7 @@ class Saver:
             with read_in_order():
                 whole, in_background = self._staged(whole, delta)
         keep, refused = self.config.keep, frozenset(self.refused)
-        of_this = self.folder, step, whole, state, keep, best, self._group, delta, refused, beside
+        of_this = self.folder, step, whole, state, keep, best, self._group, delta, refused, besides
         write = partial(checkpoint.save, *of_this)
         self._running = save = _Save(self.folder, step, write, device, 0 if delta is None else delta.links)
         # Whoever trains beside a save asks for mapped rows in no order; the save has its copy of them.

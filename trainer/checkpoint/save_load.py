@@ -9,7 +9,7 @@ snapshots are what may come from elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ def save(
     group: Group = None,
     delta: Delta | None = None,
     refused: Collection[str] = (),
-    beside: Beside | None = None,
+    besides: Sequence[Beside] = (),
 ) -> Path:
     """Write one checkpoint; collective over all ranks.
 
@@ -65,7 +65,7 @@ def save(
         group: that the ranks talk through; a save in a thread needs one that nobody else uses.
         delta: the touched rows that are written instead of whole tables, which `tensors` are without.
         refused: names of checkpoints that were found to be of no use, and do not count as kept.
-        beside: writes files of this rank besides, see `Beside`.
+        besides: each writes files of this rank besides, see `Beside`.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; nothing older is touched, and
@@ -78,7 +78,7 @@ def save(
     of_this_save = partial(_of_save, final, group)
     try:
         from_rank_0(of_this_save(lambda: files.prepare(folder, part)), group)
-        written = from_every_rank(of_this_save(lambda: _write(part, tensors, group, delta, beside)), group)
+        written = from_every_rank(of_this_save(lambda: _write(part, tensors, group, delta, besides)), group)
         whole = state if delta is None else {**state, "base": delta.entry()}
         from_rank_0(of_this_save(lambda: _finish(part, final, written, whole, damage)), group)
     except CheckpointError:
@@ -234,7 +234,7 @@ def load_tensors(path: Path, tensors: dict[str, Any], *, distributed: bool = Tru
 
 
 def _write(
-    part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | None, beside: Beside | None
+    part: Path, tensors: Mapping[str, Any], group: Group, delta: Delta | None, besides: Sequence[Beside]
 ) -> Entries:
     """This rank's files, synced; -> their manifest entries."""
     writer = HashedWriter(part)
@@ -242,7 +242,9 @@ def _write(
     try:
         dcp.save(dict(tensors), storage_writer=writer, planner=BlockPlanner(), process_group=group)
         entries = writer.files.entries | write_rows(part, delta_name(rank), shards)
-        return entries | (beside(part, rank) if beside is not None else {})
+        for beside in besides:
+            entries |= beside(part, rank)
+        return entries
     except (Exception, dcp.api.CheckpointException) as error:
         if rank not in getattr(error, "failures", {rank: None}):
             # DCP raises on all ranks; those whose fault it is can say why.

@@ -20,6 +20,8 @@ TYPE_NAMES: Final = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
     torch.int64: "I64",
 }
 _MOST_ROWS = 2**62

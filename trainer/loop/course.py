@@ -15,6 +15,7 @@ from embeddings.lookup.touched import TouchedRows
 from trainer.data.reader import SequenceLogReader
 from trainer.loop.averaging import Averaging
 from trainer.loop.fork import Fork, keeper_of
+from trainer.loop.living import LivingIds
 from trainer.loop.phases import Phase, phases_of
 from trainer.loop.pipeline import Pipeline
 from trainer.loop.position import Position
@@ -36,6 +37,7 @@ class Course:
             fit into memory; say: prints a line on rank 0.
         supply: what phases need; None for a run without phases.
         touched: told of rows that no step has changed, where there are incremental checkpoints.
+        living: the id stage, or None where no feature's ids come and go.
 
     Attributes:
         phases: of the run; phase: the present one; fork: its branches, or None.
@@ -56,13 +58,15 @@ class Course:
         say: Callable[[str], None],
         supply: Supply | None,
         touched: TouchedRows | None,
+        living: LivingIds | None = None,
     ) -> None:
+        self._living = living
         self._config, self._model, self._optimizer, self._step = config, model, optimizer, step
         self._ranks, self._say, self._touched = ranks, say, touched
         self.supply, self.reader = supply if config.phases else None, train
         self.phases = phases_of(config, supply.domains if supply is not None else ())
         self.stage = Stage(self.phases, model, optimizer, step, config.train.seed, self.supply)
-        self.validation = Validation(model, validation, ranks, folder, self.stage)
+        self.validation = Validation(model, validation, ranks, folder, self.stage, living)
         self.pipeline = Pipeline(config.train.pipeline, model, step, ranks.device)
         self.averaging = Averaging(model, say)
         self.fork: Fork | None = None
@@ -111,6 +115,8 @@ class Course:
         if self.stage.take_up(phase):
             kind = self._config.train.pipeline
             self.pipeline = Pipeline(kind, self._model, self._step, self._ranks.device)
+        if self._living is not None:
+            self._living.frozen = not self.stage.moves_tables
 
     def _fork_of(self, phase: Phase) -> Fork | None:
         """The branches of a phase, if it has any."""

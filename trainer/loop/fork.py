@@ -227,13 +227,13 @@ class Fork:
         """What a checkpoint keeps, as JSON."""
         return asdict(self.round)
 
-    def files(self, at: Position) -> Beside | None:
-        """What writes the tensors that a checkpoint keeps besides its own; None: there are none."""
+    def files(self, at: Position) -> list[Beside]:
+        """What writes the tensors that a checkpoint keeps besides its own, if there are any."""
         if not self.inside(at):
-            return None
+            return []
         moments = {BASE: Moment(self._keeper.before(), self._base)}
         moments |= {str(place): end for place, end in enumerate(self._ends)}
-        return ForkFiles(moments, row_parts(self._tensors())).write
+        return [ForkFiles(moments, row_parts(self._tensors())).write]
 
     def resume(self, folder: Path, at: Position) -> None:
         """Go on from a verified checkpoint whose weights are loaded; `round` says where it stands.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import chain, islice, repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +15,21 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import CheckpointError
+from embeddings.ids.new_rows import NewRows
 from embeddings.lookup.touched import TouchedRows
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
+from trainer.checkpoint.delta import row_parts
 from trainer.data.reader import SequenceLogReader
 from trainer.loop.course import Course
 from trainer.loop.early_stopping import Best
 from trainer.loop.fork import Fork, go_on
 from trainer.loop.interrupts import Interrupts
+from trainer.loop.living import LivingIds
 from trainer.loop.meter import Meter
 from trainer.loop.phases import Phase, place_of_phase
-from trainer.loop.pipeline import remark_on
+from trainer.loop.pipeline import kind_for, remark_on
 from trainer.loop.position import Began, Position
 from trainer.loop.progress import Progress
 from trainer.loop.shares_plot import shares_plot
@@ -72,8 +77,13 @@ class Trainer:
         guard = Guard(ranks, folder.path)
         self.step = TrainStep(config, model, self.optimizer, ranks.world_size, guard)
         touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
+        ahead = kind_for(config.train.pipeline, ranks.device) != "none"
+        self.living = LivingIds.of(config, ranks, ahead)
         given = config, model, self.optimizer, self.step
-        self.course = Course(*given, train, validation, ranks, folder.path, say, supply, touched)
+        course = partial(Course, *given, train, validation, ranks, folder.path, say)
+        self.course = course(supply, touched, self.living)
+        if self.living is not None:
+            self.step.new_rows = self._new_rows(touched)
         self.validation = self.course.validation
         if remark := remark_on(config.train.pipeline, self.course.pipeline):
             say(remark)
@@ -84,6 +94,14 @@ class Trainer:
         self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
         self.interrupts = Interrupts(config.checkpoint)
         self.stopped = False
+
+    def _new_rows(self, touched: TouchedRows | None) -> NewRows:
+        """What begins rows anew, in all tables of a feature."""
+        parts = {
+            key: tuple(part.tensor for part in each.values())
+            for key, each in row_parts(self.course.tensors()).items()
+        }
+        return NewRows(self.model.module.lookups.groups.values(), self.config.train.seed, parts, touched)
 
     def run(self, start: checkpoint.ResumePoint) -> Position:
         """Train from a checkpoint, or the beginning, to the end or a stop signal; returns where it ended.
@@ -139,12 +157,15 @@ class Trainer:
         if every and self.validation.reader is not None:
             stretches = chain([every - self.at.steps_done % every], repeat(every))
         with (
-            closing(self.course.reader.steps(self.at.cursor)) as steps,
+            closing(self.course.reader.steps(self.at.cursor)) as read,
+            nullcontext(read) if self.living is None else closing(self.living.steps(read)) as steps,
             # A pipeline reads ahead, but not beyond the last step.
             closing(self.course.pipeline.train(islice(steps, left), stretches)) as trained,
         ):
             self._set_rates()
             for step, tally in trained:
+                if self.living is not None:
+                    self.living.trained()
                 self.at.step, self.at.cursor = self.at.step + 1, step.after
                 self.at.candidates, passed = self.at.candidates + step.batch.step_candidates, step.last
                 self.course.averaging.after_step(self.at, step.last)
@@ -276,6 +297,8 @@ class Trainer:
         speed = {"samples": self.at.candidates, "samples_per_s": rate}
         rates = {"rate_factor": dense, "table_rate_factor": tables}
         entry = {**self.course.told(branch=True), **losses, **speed, **rates, **self.step.report()}
+        if self.living is not None:
+            entry |= {f"ids.{name}": each for name, each in self.living.report().items()}
         self.log.write(self.at.step, "train", entry)
         text = f"step {self.at.step}  loss {losses['loss']:.4f}  {rate:,.0f} samples/s"
         if self.course.fork is not None:
@@ -322,8 +345,15 @@ class Trainer:
             self.say(line)
         path = found.path
         assert path is not None
-        self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
+        self._load_from(path)
         return int(found.state["step"])
+
+    def _load_from(self, path: Path) -> None:
+        """Take up the weights of a verified checkpoint, and its maps of ids."""
+        self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
+        if self.living is not None:
+            for line in self.living.load(path):
+                self.say(line)
 
     def cpu_seconds(self) -> float:
         """CPU seconds of the training steps of all ranks; collective."""
@@ -353,13 +383,16 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             **self.course.averaging.state(),
         }
-        beside = None
+        besides = list[checkpoint.Beside]()
         if self.course.fork is not None:
-            state["fork"], beside = self.course.fork.state(), self.course.fork.files(self.at)
+            state["fork"] = self.course.fork.state()
+            besides += self.course.fork.files(self.at)
+        if self.living is not None:
+            besides.append(self.living.files().write)
         from_rank_0(lambda: self.log.keep(self.config.checkpoint.on_error == "continue"))
         tensors = {**self.course.tensors(), **self.course.averaging.tensors(), **self.validation.tensors()}
         best = state["best"]["step"]
-        self.saver.save(self.at.step, tensors, state, best=best, last=last, beside=beside)
+        self.saver.save(self.at.step, tensors, state, best=best, last=last, besides=besides)
         self.interrupts.restart_clock()
         # Time that no step has taken.
         self.meter.take_time()
@@ -379,7 +412,7 @@ class Trainer:
         check_reshardable(path, state, self.plan)
         check_same_order(path, state, self.course.order, self.config.data.log)
         go_on(self.course.fork, state, path.name)
-        self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
+        self._load_from(path)
         self.course.averaging.resume(path, state)
         best, why = self.validation.resume(path, state, phase, self.course.reader.columns.tasks)
         if why:

@@ -66,6 +66,11 @@ class Stage:
             for each in (phase, *branches_of(phase)):
                 self._check(each)
 
+    @property
+    def moves_tables(self) -> bool:
+        """Whether some table is trained in the present phase."""
+        return self._frozen_now.groups != self.whole.groups
+
     def set_rates(self, dense: float, tables: float) -> None:
         """Multiples of the phase's learning rates, see `RateSetter.set`."""
         self._rates.set(dense, tables)

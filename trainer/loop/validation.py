@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from trainer.checkpoint import save_load as checkpoint
 from trainer.data.reader import SequenceLogReader
 from trainer.loop.early_stopping import Best, changed_watch, watched
+from trainer.loop.living import LivingIds
 from trainer.loop.phases import Phase, stopping_before
 from trainer.loop.pipeline import Pipeline
 from trainer.loop.position import Position
@@ -27,6 +29,7 @@ class Validation:
 
     Args:
         reader: of the split, None where the log has none; folder: for scores that do not fit into memory.
+        living: the id stage, or None where no feature's ids come and go.
 
     Attributes:
         reader: of what is measured in the present phase, None = nothing is.
@@ -44,7 +47,9 @@ class Validation:
         ranks: Ranks,
         folder: Path,
         stage: Stage,
+        living: LivingIds | None = None,
     ) -> None:
+        self._living = living
         self._model, self._ranks, self._folder, self._stage = model, ranks, folder, stage
         self.reader = self._whole = reader
         self.newest: SplitMetrics | None = None
@@ -126,8 +131,14 @@ class Validation:
     def measure(self, pipeline: Pipeline) -> SplitMetrics:
         """Score the split with the weights as they are; collective."""
         assert self.reader is not None
-        device = self._ranks.device
-        with pipeline.paused(), scored_split(self._model, self.reader, device, self._folder) as scores:
+        given = self._model, self.reader, self._ranks.device, self._folder
+        with ExitStack() as opened:
+            opened.enter_context(pipeline.paused())
+            if self._living is None:
+                scores = opened.enter_context(scored_split(*given))
+            else:
+                opened.enter_context(self._living.as_trained())
+                scores = opened.enter_context(scored_split(*given, self._living.looked_up))
             metrics = shared_metrics(scores, self.reader)
         self._stage.settle_mode()
         return metrics

@@ -32,22 +32,28 @@ from trainer.storage.places import is_remote
 
 # Batches whose scores are on their way to the host at a time.
 _UNDER_WAY = 8
+Mapped = Callable[[Iterator[Step]], Iterator[Step]]
 
 
 @contextmanager
 def scored_split(
-    model: nn.Module, reader: SequenceLogReader, device: torch.device, folder: Path
+    model: nn.Module,
+    reader: SequenceLogReader,
+    device: torch.device,
+    folder: Path,
+    mapped: Mapped | None = None,
 ) -> Iterator[Scores]:
     """Score every candidate of the reader's split once; collective.
 
     Args:
         folder: shared by all ranks, for the scores of a split that is too large for the memory of one.
+        mapped: makes the steps that are scored of those that are read; None: they are the same.
 
     Returns:
         On rank 0 all candidates, as long as the context lasts; on the others none that count.
     """
     if reader.expected <= IN_MEMORY:
-        yield score_split(model, reader, device)
+        yield score_split(model, reader, device, mapped=mapped)
         return
     with ExitStack() as held:
 
@@ -64,7 +70,7 @@ def scored_split(
 
         own, shared = from_rank_0(made)
         runs, tasks = Runs(shared, f"rank-{reader.rank:05d}"), reader.columns.tasks
-        for value, key in _scored_rows(model, reader, device, None):
+        for value, key in _scored_rows(model, reader, device, None, mapped):
             runs.add(columns_of(_scored(value, key, tasks)))
 
         def written() -> list[Path]:
@@ -77,20 +83,25 @@ def scored_split(
 
 
 def score_split(
-    model: nn.Module, reader: SequenceLogReader, device: torch.device, pipelined: bool | None = None
+    model: nn.Module,
+    reader: SequenceLogReader,
+    device: torch.device,
+    pipelined: bool | None = None,
+    mapped: Mapped | None = None,
 ) -> Scored:
     """Score every candidate of the reader's split once; collective.
 
     Args:
         pipelined: a batch is copied to the device, and its ids travel, while another one is scored; None: a
             sharded model on CUDA.
+        mapped: see `scored_split`.
 
     Returns:
         On rank 0 all candidates in the order of their names, the same whatever the number of ranks; on the
         others none. They lie in main memory: 8 bytes a task and candidate, 40 more for the names, and 8 for
         the domain.
     """
-    rows = list(_scored_rows(model, reader, device, pipelined))
+    rows = list(_scored_rows(model, reader, device, pipelined, mapped))
     width = len(KEYS) + bool(reader.config.domain)
     no_values, no_keys = torch.zeros(0, 2 * len(reader.columns.tasks)), torch.zeros(0, width).long()
     all_values = gather_rows(torch.cat([no_values, *(value for value, _ in rows)]))
@@ -100,7 +111,11 @@ def score_split(
 
 @torch.no_grad()
 def _scored_rows(
-    model: nn.Module, reader: SequenceLogReader, device: torch.device, pipelined: bool | None
+    model: nn.Module,
+    reader: SequenceLogReader,
+    device: torch.device,
+    pipelined: bool | None,
+    mapped: Mapped | None,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """What `_rows` makes of each batch of this rank, on the host."""
     if pipelined is None:
@@ -109,7 +124,8 @@ def _scored_rows(
     model.eval()
     # Off the device at once: a split may be larger than its memory.
     values, keys = Unloading(_UNDER_WAY), Unloading(_UNDER_WAY)
-    with closing(reader.steps()) as steps:
+    with closing(reader.steps()) as read:
+        steps = iter(read) if mapped is None else mapped(read)
         if pipelined:
             scored = _pipelined(model, steps, device)
         else:

@@ -16,6 +16,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from embeddings.errors import ConfigError, DataError, hint_of
+from embeddings.ids.new_rows import NewRows
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms
 from embeddings.private import BatchNorm
 from trainer.config.phases import UpdateRule
@@ -160,6 +161,7 @@ class TrainStep:
         losses: what the step trains by.
         number: of the newest step, for messages; a run that goes on sets it.
         tied: maps of domains that are held equal, or None.
+        new_rows: begins the rows anew that a step gives to new ids, or None where no ids come and go.
     """
 
     def __init__(
@@ -190,6 +192,7 @@ class TrainStep:
         self._silent: Collection[str] = ()
         self.number = 0
         self.tied: TiedMaps | None = None
+        self.new_rows: NewRows | None = None
         self._step: Step | None = None
         self._loss = torch.zeros(())
         self._cuts: list[Cut] = []
@@ -264,6 +267,8 @@ class TrainStep:
         """-> what to call backward on, scalar, and what the step adds to the report. The step is on the
         device."""
         self._step, self.number, batch = step, self.number + 1, step.batch
+        if self.new_rows is not None:
+            self.new_rows.begin(step.new_rows)
         bf16 = self._config.precision == "bf16"
         with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=bf16), ExitStack() as opened:
             if self._guard is not None:

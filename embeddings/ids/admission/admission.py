@@ -33,7 +33,11 @@ class Admission(Protocol):
         """
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """What a checkpoint keeps: arrays whose first dimension follows the buckets, or ids."""
+        """What a checkpoint keeps.
+
+        Arrays have the same number of entries for each bucket, bucket after bucket. Or, where one of them is
+        called `ids`, all have an entry for each of these ids, ascending. Equal states have equal bytes.
+        """
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Take up what `state` gave, of the very same buckets."""
+        """Take up what `state` gave, of the very same buckets; begin anew where it is empty."""

@@ -68,7 +68,7 @@ def test_moments_come_back_over_other_shards(
         laid_over(table, [moments[BASE]])
     folder = tmp_path_factory.mktemp("fork")
     kept = ForkFiles(moments, row_parts(table.tensors()))
-    path = save_load.save(folder, 3, table.tensors(), {"step": 3}, 9, beside=kept.write)
+    path = save_load.save(folder, 3, table.tensors(), {"step": 3}, 9, besides=[kept.write])
     other = TouchedTable(rows, width, data.draw(st.integers(1, rows)), columns, dtype)
     parts, dense = row_parts(other.tensors()), dense_tensors(other.tensors())
     found = read_moments(path, list(moments), parts, other.rows, dense)
@@ -86,7 +86,7 @@ def test_what_became_whole_since_is_refused_by_its_name(tmp_path: Path) -> None:
     table = TouchedTable(9, 2, 4, 2, torch.float32)
     kept = ForkFiles({BASE: moment_of(table, [1, 2])}, row_parts(table.tensors()))
     with Saver(tmp_path, CheckpointConfig(mode="async"), lambda line: None) as saver:
-        saver.save(1, table.tensors(), {"step": 1}, beside=kept.write)
+        saver.save(1, table.tensors(), {"step": 1}, besides=[kept.write])
         saver.settle(last=True)
     path = tmp_path / files.final_name(1)
     dense = {**dense_tensors(table.tensors()), "model.other": torch.zeros(3)}
