@@ -72,15 +72,18 @@ def gathered(lists: Sequence[Int64s], group: dist.ProcessGroup | None) -> list[I
     """Of each list, what all ranks have, those of rank 0 first; on every rank."""
     world_size = dist.get_world_size(group)
     sizes = torch.tensor([each.size for each in lists], dtype=torch.int64)
-    every = torch.empty((world_size, len(lists)), dtype=torch.int64)
-    dist.all_gather_into_tensor(every, sizes, group=group)
+    # Gloo gathers flat tensors alone.
+    flat = torch.empty(world_size * len(lists), dtype=torch.int64)
+    dist.all_gather_into_tensor(flat, sizes, group=group)
+    every = flat.view(world_size, len(lists))
     most = int(every.sum(1).max())
     if not most:
         return [np.zeros(0, dtype=np.int64) for _ in lists]
     mine = torch.zeros(most, dtype=torch.int64)
     mine[: int(sizes.sum())] = torch.from_numpy(np.concatenate(lists, dtype=np.int64))
-    parts = torch.empty((world_size, most), dtype=torch.int64)
-    dist.all_gather_into_tensor(parts, mine, group=group)
+    flat = torch.empty(world_size * most, dtype=torch.int64)
+    dist.all_gather_into_tensor(flat, mine, group=group)
+    parts = flat.view(world_size, most)
     cut = [
         np.split(part[: int(of_rank.sum())], np.cumsum(of_rank)[:-1])
         for part, of_rank in zip(parts.numpy(), every.numpy(), strict=True)
