@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from embeddings.ids.bucket_map import BucketMap
 from embeddings.ids.parts import part_for
 from tests.helpers.forked import one_thread
-from tests.helpers.launching import SETTINGS
 from tests.helpers.logs import Shape, random_rows, write_log
 from tests.programs.delta_runs import also_in_full, compared
 from tests.programs.saving_runs import Runs, at_step, digests, terminate
@@ -26,16 +24,17 @@ from trainer.checkpoint.tensors import TensorReader
 from trainer.log.schema import FeatureInfo
 
 ITEMS = 500
-# Four buckets of 65 rows, of event times from 0 to 160.
+# Two buckets of 65 rows, so that some of four ranks have none.
 IDS = {
-    "ids__item_id__capacity": 260,
+    "ids__item_id__capacity": 130,
     "ids__item_id__shared_rows": 4,
-    "ids__item_id__ttl_days": 90 / 86_400,
+    "ids__item_id__ttl_days": 240 / 86_400,
     "checkpoint__every_steps": 4,
     "checkpoint__keep": 99,
-    "train__max_steps": 12,
+    "train__max_steps": 8,
     "train__epochs": 4,
     "data__batch_candidates": 40,
+    "data__order": "stored",
 }
 
 
@@ -48,7 +47,10 @@ def raw_log(path: Path, users: int = 24) -> Path:
         found: list[int] = raw[(ITEMS * rng.uniform(0, 1, count) ** 2).astype(int)].tolist()
         return found
 
-    for row in rows:
+    for number, row in enumerate(rows):
+        # Later users come later, so that ids expire.
+        for key in ("history_timestamp", "request_timestamp"):
+            row[key] = [time + 15 * number for time in row[key]]
         row["history_item_id"] = drawn(row["num_behaviors"])
         row["candidate_item_id"] = [drawn(count) for count in row["request_num_candidates"]]
     splits = {"train": rows, "validation": rows[:6], "test": rows[6:9]}
@@ -98,34 +100,25 @@ def counts(run: Path) -> list[dict[str, int]]:
 
 def main(root: Path) -> None:
     runs, report = LivingRuns(root), dict[str, Any]()
+    runs.live("one", 1, checkpoint__mode="sync")
+    runs.live("two", 2)
     ahead = {"train__pipeline": "sparse_dist"}
-    report["one"] = runs.live("one", 1)
-    report["two"] = runs.live("two", 2)
-    report["four"] = runs.live("four", 4)
-    report["ahead"] = runs.live("ahead", 2, **ahead, train__validate_every=5, checkpoint__mode="async")
-    runs.live("stopped", 2, at_step(1, 6, terminate), **ahead, checkpoint__check_every=1)
-    report["stopped"] = runs.live("stopped", 2, **ahead)
+    measured = {**ahead, "train__validate_every": 3, "checkpoint__check_every": 1}
+    runs.live("stopped", 2, at_step(1, 5, terminate), **measured)
+    report["stopped after"] = files.step_of(files.checkpoints(root / "stopped" / "checkpoints")[0])
+    runs.live("stopped", 2, **measured)
     for ranks in (1, 3, 4):
         shutil.copytree(root / "two", root / f"two-{ranks}")
-        shutil.rmtree(root / f"two-{ranks}" / "checkpoints" / "step-00000012")
-        report[f"2 to {ranks}"] = runs.live(f"two-{ranks}", ranks)
-    last = {
-        name: files.checkpoints(root / name / "checkpoints")[0]
-        for name in (*report, "two-1", "two-3", "two-4")
-        if (root / name).is_dir()
-    }
-    report["maps"] = {name: maps(root / name) for name in last}
+        shutil.rmtree(root / f"two-{ranks}" / "checkpoints" / "step-00000008")
+        runs.live(f"two-{ranks}", ranks)
+    names = ("one", "two", "stopped", "two-1", "two-3", "two-4")
+    last = {name: files.checkpoints(root / name / "checkpoints")[0] for name in names}
+    report["maps"] = {name: maps(root / name) for name in names}
     report["apart"] = {name: tables_differ(last["one"], path) for name, path in last.items()}
-    report["digests"] = {name: digests(root / name) for name in ("two", "ahead", "stopped")}
-    report["counts"] = {name: counts(root / name) for name in ("one", "two", "ahead", "stopped", "four")}
-    deltas = {
-        **ahead,
-        "checkpoint__full_every": 99,
-        "checkpoint__every_steps": 1,
-        "train__max_steps": 6,
-        "ids__item_id__capacity": 2000,
-    }
-    runs.live("deltas", 2, also_in_full(root / "deltas full"), **deltas)
+    report["digests"] = {name: digests(root / name) for name in ("two", "stopped")}
+    report["counts"] = {name: counts(root / name) for name in names}
+    many = {"ids__item_id__capacity": 2000, "checkpoint__full_every": 99, "checkpoint__every_steps": 1}
+    runs.live("deltas", 2, also_in_full(root / "deltas full"), **{**ahead, **many, "train__max_steps": 4})
     report["deltas"] = compared(root / "deltas", root / "deltas full")
     (root / "report.json").write_text(json.dumps(report))
 
