@@ -24,8 +24,8 @@ class TableSpec:
     """One embedding table: the ids of one feature, `rows` of them, each a vector of `dim` floats.
 
     `set` names the set that it belongs to, see `EmbeddingSet`; `lane` the task whose lane it is, see
-    `EmbeddingSet.losses`, empty for a group's main tables. `apart` names the ids of the feature that the table
-    is looked up by, where they are not those that the other groups' tables of this feature are looked up by.
+    `EmbeddingSet.losses`, empty for a group's main tables. `apart` names the ids that the table is looked up
+    by, where the other tables of its feature are looked up by others.
     """
 
     feature: str
@@ -174,6 +174,20 @@ class TableGroup:
             if each.name == name:
                 return replace(self, tables=self._tables_of(name), sets=(replace(each, losses=()),))
         raise KeyError(name)
+
+    def with_keys(self, keys: Mapping[str, str], rows: Mapping[str, int]) -> TableGroup:
+        """The group with other keys for the tables of some features.
+
+        Args:
+            keys: feature -> key; rows: key -> rows of tables that are looked up by it.
+        """
+        tables = (
+            replace(table, apart=keys[table.feature], rows=rows[keys[table.feature]])
+            if table.feature in keys
+            else table
+            for table in self.tables
+        )
+        return replace(self, tables=tuple(tables)) if keys else self
 
     def columns(self, name: str) -> slice:
         """Where the vector of a set is in the fused vector of one bag."""

@@ -15,7 +15,7 @@ from torch import nn
 from embeddings.errors import ConfigError, hint_of
 from embeddings.first_rows import FirstWeights
 from embeddings.groups import EmbeddingSet, TableGroup, TableSpec
-from embeddings.ids.rules import IdRules
+from embeddings.ids.rules import IdRules, part_name
 from embeddings.optimizers import FusedOptimizer
 from trainer.config.ids import IdsConfig
 from trainer.config.model import CONTEXT_ROLES, OPTIONAL_ROLES, section_of
@@ -77,6 +77,9 @@ class Config(Settings):
                 raise ValueError(
                     f"ids.{feature}: data.domain names it, and a domain's id must stay what it is"
                 )
+            for name in self.ids[feature].groups:
+                if name not in self.groups:
+                    raise ValueError(f"ids.{feature}.groups.{name}: there is no such group")
             for name, group in self.groups.items():
                 if "data_parallel" in group.sharding and feature in (group.features or (feature,)):
                     raise ValueError(
@@ -87,8 +90,13 @@ class Config(Settings):
 
     @property
     def id_rules(self) -> dict[str, IdRules]:
-        """Of each feature whose ids come and go."""
-        return {feature: each.rules(self.train.seed) for feature, each in self.ids.items()}
+        """Name of a map of ids that come and go -> its rules, see `IdsConfig.rules`."""
+        seed = self.train.seed
+        return {
+            name: rules
+            for feature, each in self.ids.items()
+            for name, rules in each.rules(feature, seed).items()
+        }
 
     @model_validator(mode="after")
     def _check_towers(self) -> Config:
@@ -285,6 +293,10 @@ def build_groups(
         allowed = (context_rows or {}) if of_context else item_rows
         own = {feature: sizes[feature] for feature in allowed}
         groups[name] = _build_group(name, group, own, tasks, sizes.get(config.data.domain, 0))
+        groups[name] = groups[name].with_keys(
+            {feature: part_name(feature, name) for feature, ids in config.ids.items() if name in ids.groups},
+            {key: rules.rows for key, rules in config.id_rules.items()},
+        )
     for branch in config.model.all_branches().values():
         _check_branch(branch, groups)
     _check_model(config, groups)

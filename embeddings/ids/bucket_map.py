@@ -9,7 +9,7 @@ alone, and a map that is dealt to any number of ranks by buckets is the same map
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,11 +72,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Found:
-    """Rows of ids, and those rows among them that have just been given to new ids."""
+    """What a map did for the ids of a step.
+
+    Attributes:
+        rows: of each id; new_rows: those that have just been given to new ids; gone: ids that lost theirs.
+    """
 
     rows: Int64s
     new_rows: Int64s
-    journal: Journal | None = field(default=None, compare=False)
+    gone: Ids
 
 
 class BucketMap:
@@ -111,18 +115,18 @@ class BucketMap:
         slots = self._find(ids, hashes)
         return np.where(slots >= 0, slots + self._first, self.rules.shared_row(hashes))
 
-    def take(self, seen: Sightings, now: int, step: int, ticked: bool, keep: bool = False) -> Found:
+    def take(
+        self, seen: Sightings, now: int, step: int, ticked: bool, journal: Journal | None = None
+    ) -> Found:
         """The row of each id of a step of training; ids get rows and lose them.
 
         Args:
             seen: all sightings of this part's ids in the step, over all ranks.
             now: the newest request so far, seconds; step: number of the step.
             ticked: whether rows whose time is over are to be freed before.
-            keep: whether the change may have to be taken back.
+            journal: told of everything that changes, where that may have to be taken back.
         """
-        journal = Journal() if keep else None
-        if ticked:
-            self._expire(now, journal)
+        gone = [self._expire(now, journal)] if ticked else []
         hashes = hashed(seen.ids)
         slots = self._find(seen.ids, hashes)
         known = np.flatnonzero(slots >= 0)
@@ -134,14 +138,20 @@ class BucketMap:
         admitted = alive[
             self._admission.admit(seen.ids[alive], hashes[alive], seen.counts[alive], step, journal)
         ]
-        given = self._place(seen, hashes, admitted, slots[known], now, journal)
+        given, evicted = self._place(seen, hashes, admitted, slots[known], now, journal)
         slots[admitted] = given
         self.counts.known += known.size
         self.counts.rejected += unknown.size - admitted.size
         self.counts.admitted += int((given >= 0).sum())
         self.counts.crowded += int((given < 0).sum())
         rows = np.where(slots >= 0, slots + self._first, self.rules.shared_row(hashes))
-        return Found(rows, np.sort(given[given >= 0]) + self._first, journal)
+        new_rows = np.sort(given[given >= 0]) + self._first
+        return Found(rows, new_rows, np.concatenate([*gone, evicted]))
+
+    def remove(self, ids: Ids, journal: Journal | None = None) -> None:
+        """Free the rows of ids, as far as they have any."""
+        slots = self._find(ids, hashed(ids))
+        self._free(slots[slots >= 0], journal)
 
     def entries(self) -> tuple[Ids, Int64s]:
         """Every id that has a row, ascending, and its row."""
@@ -210,14 +220,14 @@ class BucketMap:
         in_use: Int64s,
         now: int,
         journal: Journal | None,
-    ) -> Int64s:
-        """Give rows to new ids -> the slot of each, -1 where the bucket has none to give.
+    ) -> tuple[Int64s, Ids]:
+        """Give rows to new ids -> the slot of each, -1 where the bucket has none to give; and who lost them.
 
         Those seen most get theirs first, then those seen last. No row is taken away that the same step uses.
         """
         given = np.full(new.size, -1, dtype=np.int64)
         if not new.size:
-            return given
+            return given, new
         ways = self.rules.ways
         bucket = self.rules.bucket(hashes[new]) - self.buckets.start
         order = np.lexsort((hashes[new], -seen.newest[new], -seen.counts[new], bucket))
@@ -232,12 +242,13 @@ class BucketMap:
         placed = np.flatnonzero(given >= 0)
         slots, ids = given[placed], new[placed]
         self._note_all(slots, journal)
-        self.counts.evicted += int((self._marks[slots] > 0).sum())
+        evicted = self._keys[slots[self._marks[slots] > 0]]
+        self.counts.evicted += evicted.size
         self._marks[slots], self._keys[slots] = _mark(hashes[ids]), seen.ids[ids]
         self._last[slots] = seen.newest[ids]
         none = np.zeros(slots.size, dtype=np.int64)
         self._uses[slots] = self._eviction.seen(none, seen.newest[ids], seen.newest[ids], seen.counts[ids])
-        return given
+        return given, evicted
 
     def _scores(self, buckets: Int64s, in_use: Int64s, now: int) -> Int64s:
         """[buckets, ways], see `Eviction.scores`; -1 for free rows."""
@@ -250,8 +261,12 @@ class BucketMap:
         scores[of_bucket[here], in_use[here] % ways] = NEVER
         return scores
 
-    def _expire(self, now: int, journal: Journal | None) -> None:
-        """Free the rows of ids that were not seen for `ttl`, but for the protected ones of each bucket."""
+    def _expire(self, now: int, journal: Journal | None) -> Ids:
+        """Free the rows of ids that were not seen for `ttl`, but for the protected ones of each bucket.
+
+        Returns:
+            Who lost them.
+        """
         old = np.flatnonzero((self._marks > 0) & (self._last < now - self.rules.ttl))
         protected = -(-self.rules.protected_rows // self.rules.buckets)
         if protected and old.size:
@@ -261,12 +276,15 @@ class BucketMap:
             # The first way among equals goes first, as in `_scores`.
             kept = last.argsort(axis=1, kind="stable")[:, max(0, ways - protected) :]
             old = np.setdiff1d(old, (bucket[:, None] * ways + kept).ravel())
-        if not old.size:
-            return
-        self._note_all(old, journal)
-        for array in (self._marks, self._keys, self._last, self._uses):
-            array[old] = 0
+        expired: Ids = self._keys[old]
+        self._free(old, journal)
         self.counts.expired += old.size
+        return expired
+
+    def _free(self, slots: Int64s, journal: Journal | None) -> None:
+        self._note_all(slots, journal)
+        for array in (self._marks, self._keys, self._last, self._uses):
+            array[slots] = 0
 
     def _note_all(self, slots: Int64s, journal: Journal | None) -> None:
         if journal is not None:

@@ -44,12 +44,12 @@ class Exchange:
         return [[each[:, column].copy() for column in range(width)] for each in came]
 
     def answer(self, answers: Sequence[Int64s]) -> list[Int64s]:
-        """Of each list, one number for each id that came -> one for each id that was given, in its order."""
-        back = self._exchange([each[:, None] for each in answers], self._received, self._sent, 1)
+        """Of each list, numbers for each id that came, [n, k] -> for each id that was given, in its order."""
+        back = self._exchange(answers, self._received, self._sent, answers[0].shape[1])
         found = []
         for each, order in zip(back, self._orders, strict=True):
-            values = np.empty(order.size, dtype=np.int64)
-            values[order] = each[:, 0]
+            values = np.empty_like(each)
+            values[order] = each
             found.append(values)
         return found
 
@@ -70,22 +70,22 @@ class Exchange:
 
 def gathered(lists: Sequence[Int64s], group: dist.ProcessGroup | None) -> list[Int64s]:
     """Of each list, what all ranks have, those of rank 0 first; on every rank."""
-    world_size = dist.get_world_size(group)
     sizes = torch.tensor([each.size for each in lists], dtype=torch.int64)
-    # Gloo gathers flat tensors alone.
-    flat = torch.empty(world_size * len(lists), dtype=torch.int64)
-    dist.all_gather_into_tensor(flat, sizes, group=group)
-    every = flat.view(world_size, len(lists))
-    most = int(every.sum(1).max())
+    every = _of_every_rank(sizes, group)
+    most = max(int(each.sum()) for each in every)
     if not most:
         return [np.zeros(0, dtype=np.int64) for _ in lists]
+    # Gloo gathers tensors of one size only.
     mine = torch.zeros(most, dtype=torch.int64)
     mine[: int(sizes.sum())] = torch.from_numpy(np.concatenate(lists, dtype=np.int64))
-    flat = torch.empty(world_size * most, dtype=torch.int64)
-    dist.all_gather_into_tensor(flat, mine, group=group)
-    parts = flat.view(world_size, most)
     cut = [
-        np.split(part[: int(of_rank.sum())], np.cumsum(of_rank)[:-1])
-        for part, of_rank in zip(parts.numpy(), every.numpy(), strict=True)
+        np.split(part.numpy()[: int(of_rank.sum())], np.cumsum(of_rank.numpy())[:-1])
+        for part, of_rank in zip(_of_every_rank(mine, group), every, strict=True)
     ]
     return [np.concatenate(pieces) for pieces in zip(*cut, strict=True)]
+
+
+def _of_every_rank(mine: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    return found

@@ -24,7 +24,7 @@ class _Shard(NamedTuple):
 
 
 class NewRows:
-    """Writes first weights and empty optimizer state into this rank's shards of some features' tables.
+    """Writes first weights and empty optimizer state into this rank's shards of tables.
 
     A row gets the weights that it had in the new table (`embeddings.first_rows`), so that they depend on the
     seed, the table and the row alone. Rows of lanes begin as zeros, as they do in a new table.
@@ -45,24 +45,25 @@ class NewRows:
     ) -> None:
         self._seed, self._touched = seed, touched
         tables = {
-            group.table_name(table): (table.feature, None if table.lane else group.first)
+            group.table_name(table): (table.key, None if table.lane else group.first)
             for group in groups
             for table in group.all_tables
         }
         self._shards: dict[str, list[_Shard]] = {}
         for key, tensors in parts.items():
             if key.table in tables:
-                feature, first = tables[key.table]
-                self._shards.setdefault(feature, []).append(_Shard(key, tuple(tensors), first))
+                name, first = tables[key.table]
+                self._shards.setdefault(name, []).append(_Shard(key, tuple(tensors), first))
 
     def begin(self, new_rows: Mapping[str, Int64s]) -> None:
         """Have rows begin anew, before the lookup of the step that gave them to new ids.
 
         Args:
-            new_rows: feature -> rows of its tables, ascending, each once, whatever rank they lie on.
+            new_rows: name of a map -> rows of the tables that are looked up by it, ascending, each once,
+                whatever rank they lie on.
         """
-        for feature, rows in new_rows.items():
-            for shard in self._shards.get(feature, ()) if rows.size else ():
+        for name, rows in new_rows.items():
+            for shard in self._shards.get(name, ()) if rows.size else ():
                 begin, stop = np.searchsorted(rows, (shard.key.row, shard.key.row + len(shard.parts[0])))
                 if stop > begin:
                     self._write(shard, torch.from_numpy(rows[begin:stop] - shard.key.row))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -32,6 +32,9 @@ class IdRules:
         ttl: an id that was not seen for so long loses its row; 0 = never.
         protected_rows: about so many rows, those seen last, stay whatever their age.
         seed: of draws of `chance`.
+        within: another map, of which this one holds some ids: those of a group with a capacity of its own. An
+            id that leaves that map leaves this one. Empty: the map is no part of another.
+        bucket_count: buckets of the map; 0 = as many as the capacity fills.
     """
 
     capacity: int
@@ -47,11 +50,29 @@ class IdRules:
     ttl: int = 0
     protected_rows: int = 0
     seed: int = 17
+    within: str = ""
+    bucket_count: int = 0
 
     @property
     def buckets(self) -> int:
         """Buckets of the whole map, whatever the number of ranks; each has its own part of the rows."""
-        return max(1, self.capacity // _BUCKET)
+        return self.bucket_count or max(1, self.capacity // _BUCKET)
+
+    def part(self, feature: str, capacity: int) -> IdRules:
+        """Rules of a map that holds some of this one's ids, with as many buckets of fewer rows.
+
+        So a bucket of both belongs to the same rank, which takes an id out of both. What has a row in the
+        whole map may have one in the part, at its next sighting that counts.
+        """
+        return replace(
+            self,
+            capacity=capacity,
+            admission="all",
+            ttl=0,
+            protected_rows=0,
+            within=feature,
+            bucket_count=self.buckets,
+        )
 
     @property
     def ways(self) -> int:
@@ -84,6 +105,11 @@ class IdRules:
         # Hashed once more: neither the bucket nor the mark says anything about it.
         mixed = hashed(hashes) >> np.uint64(32)
         return ((mixed * np.uint64(self.shared_rows)) >> np.uint64(32)).astype(np.int64)
+
+
+def part_name(feature: str, group: str) -> str:
+    """The name of the map of those ids that have a row in a group with a capacity of its own."""
+    return f"{feature}@{group}"
 
 
 def part_of(buckets: int, rank: int, world_size: int) -> range:

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from embeddings.ids.admission.table import ADMISSIONS
 from embeddings.ids.eviction.table import EVICTIONS
-from embeddings.ids.rules import IdRules
+from embeddings.ids.rules import IdRules, part_name
+from trainer.config.tables import GroupName
 from trainer.config.toml import Settings
 
 _DAY = 86_400
@@ -35,7 +36,7 @@ class IdsConfig(Settings):
     """One feature whose ids get rows when they are seen and lose them again, see docs/online.md.
 
     Its ids in the log may be any 64-bit integers. All groups and sets share the map from ids to rows, so
-    that an id has a row in all of the feature's tables, or in none.
+    that an id has a row in all of the feature's tables, or in none; but see `groups`.
     """
 
     capacity: PositiveInt
@@ -70,6 +71,9 @@ class IdsConfig(Settings):
     never."""
     protected_rows: int = Field(0, ge=0)
     """About this number of rows, those with the newest events, outlive `ttl_days`."""
+    groups: dict[GroupName, PositiveInt] = Field(default_factory=dict)
+    """For the name of a group, a smaller capacity of its tables. Of the ids that have a row in the other
+    groups, so many have one there, too; the rest share rows. An id that loses its row loses both."""
 
     @model_validator(mode="after")
     def _check_together(self) -> IdsConfig:
@@ -77,10 +81,19 @@ class IdsConfig(Settings):
             raise ValueError("protected_rows is larger than capacity")
         if self.protected_rows and not self.ttl_days:
             raise ValueError("protected_rows protects from ttl_days, which is 0; set it, or leave this out")
+        least = IdRules(self.capacity).buckets
+        for group, capacity in self.groups.items():
+            if not least <= capacity <= self.capacity:
+                raise ValueError(
+                    f"groups.{group} = {capacity} must lie between {least}, a row for each bucket, and "
+                    f"capacity = {self.capacity}"
+                )
         return self
 
-    def rules(self, seed: int) -> IdRules:
-        """The same as the id stage takes it."""
-        given = self.model_dump(exclude={"half_life_days", "ttl_days"})
+    def rules(self, feature: str, seed: int) -> dict[str, IdRules]:
+        """The same as the id stage takes it: for the feature, and for each group with its own capacity."""
+        given = self.model_dump(exclude={"half_life_days", "ttl_days", "groups"})
         half_life, ttl = (round(days * _DAY) for days in (self.half_life_days, self.ttl_days))
-        return IdRules(**given, half_life=max(1, half_life), ttl=ttl, seed=seed)
+        whole = IdRules(**given, half_life=max(1, half_life), ttl=ttl, seed=seed)
+        parts = {part_name(feature, name): whole.part(feature, rows) for name, rows in self.groups.items()}
+        return {feature: whole, **parts}

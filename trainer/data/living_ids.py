@@ -24,6 +24,9 @@ _EVER = np.iinfo(np.int64).min
 class Finder(Protocol):
     """What knows the rows of ids that do not change."""
 
+    @property
+    def rules(self) -> IdRules: ...
+
     def look_up(self, wanted: Int64s) -> Int64s: ...
 
 
@@ -41,7 +44,7 @@ class SeenIds:
 
 def ids_of(batch: RequestBatch, rules: Mapping[str, IdRules]) -> dict[str, Int64s]:
     """The raw ids of each feature in a batch, as often as they stand there; none of one that it lacks."""
-    found = {name: np.zeros(0, dtype=np.int64) for name in rules}
+    found = {name: np.zeros(0, dtype=np.int64) for name, each in rules.items() if not each.within}
     for kjt in _parts(batch):
         found |= {name: kjt.values()[part].numpy() for name, part in _segments(kjt) if name in rules}
     return found
@@ -75,11 +78,20 @@ def seen_ids(batch: RequestBatch, rules: Mapping[str, IdRules], counted: bool = 
                 counts, newest = np.zeros_like(counts), np.full_like(newest, _EVER)
             found[name] = _distinct(ids, counts, newest)
     nothing = np.zeros(0, dtype=np.int64)
-    return {name: found.get(name) or _distinct(nothing, nothing, nothing) for name in rules}
+    return {
+        name: found.get(name) or _distinct(nothing, nothing, nothing)
+        for name, each in rules.items()
+        if not each.within
+    }
 
 
 def with_rows(batch: RequestBatch, rows: Mapping[str, Int64s]) -> RequestBatch:
-    """The same batch with rows in the place of ids; `rows`: of each feature, for each id of the batch."""
+    """The same batch with rows in the place of ids.
+
+    Args:
+        rows: of each feature, for each id of the batch. What a map within another one gives
+            (`IdRules.within`) is called `<feature>@<group>`, and becomes a key of its own.
+    """
     features = _replaced(batch.features, rows)
     context = None if batch.context is None else _replaced(batch.context, rows)
     return replace(batch, features=features, context=context)
@@ -92,8 +104,9 @@ def looked_up(batch: RequestBatch, finders: Mapping[str, Finder]) -> RequestBatc
     rows = {}
     for kjt in _parts(batch):
         for name, part in _segments(kjt):
-            if name in finders:
-                rows[name] = finders[name].look_up(kjt.values()[part].numpy())
+            for map_name, finder in finders.items():
+                if name in (map_name, finder.rules.within):
+                    rows[map_name] = finder.look_up(kjt.values()[part].numpy())
     return with_rows(batch, rows)
 
 
@@ -133,16 +146,20 @@ def _lengths(kjt: KeyedJaggedTensor, name: str) -> npt.NDArray[np.int32]:
 
 
 def _replaced(kjt: KeyedJaggedTensor, rows: Mapping[str, Int64s]) -> KeyedJaggedTensor:
-    if not any(key in rows for key in kjt.keys()):  # noqa: SIM118 - no dict
+    keys: list[str] = kjt.keys()
+    parts = {name: feature for name in rows if (feature := name.rpartition("@")[0]) in keys}
+    if not parts and not any(key in rows for key in keys):
         return kjt
     values = kjt.values().clone()
-    for name, part in _segments(kjt):
+    places = dict(_segments(kjt))
+    for name in keys:
         if name in rows:
-            values[part] = torch.from_numpy(rows[name])
+            values[places[name]] = torch.from_numpy(rows[name])
+    lengths = kjt.lengths().view(len(keys), -1)
     return KeyedJaggedTensor(
-        keys=kjt.keys(),
-        values=values,
-        lengths=kjt.lengths(),
+        keys=[*keys, *parts],
+        values=torch.cat([values, *(torch.from_numpy(rows[name]) for name in parts)]),
+        lengths=torch.cat([lengths, *(lengths[keys.index(name)][None] for name in parts.values())]).flatten(),
         stride=kjt.stride(),
-        length_per_key=kjt.length_per_key(),
+        length_per_key=[*kjt.length_per_key(), *(rows[name].size for name in parts)],
     )
