@@ -81,7 +81,8 @@ class LivingIds:
         try:
             yield (self._looked_up(step) if self.frozen else self._taken(step) for step in steps)
         finally:
-            while self._untrained:
+            # Where nothing is read ahead, a step that is not trained has failed, and the run with it.
+            while self._untrained and self._ahead:
                 self._untrained.pop().taken.swap()
 
     def trained(self) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from embeddings.ids.rules import IdRules
 from embeddings.ids.stage import IdStage
+from embeddings.lookup.jagged import one_id_bags
 from tests.helpers.launching import reported
 from tests.helpers.steps import drawn
 from trainer.checkpoint.id_files import IdFiles
@@ -63,9 +64,8 @@ def steps_of(seed: int, count: int) -> list[Step]:
     rng, found = np.random.default_rng(seed), []
     for number in range(count):
         step = drawn(seed + number, 9, 1).step()
-        ids = torch.from_numpy(rng.integers(-20, 20, 9))
+        features = one_id_bags(["item_id"], torch.from_numpy(rng.integers(-20, 20, (1, 9))))
         times = torch.from_numpy(rng.integers(15 * number, 15 * number + 30, step.batch.requests))
-        features = type(step.batch.features)(step.batch.features.keys(), ids, step.batch.features.lengths())
         found.append(replace(step, batch=replace(step.batch, features=features, request_time=times)))
     return found
 
