@@ -35,6 +35,7 @@ from launch.options import (
 )
 from launch.quick_imports import quick_imports
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
+from launch.stream_verbs import windows
 
 app = typer.Typer(
     name="tandemrec",
@@ -286,6 +287,9 @@ def cluster(
     from trainer.log.clusters import ClusterInfo
 
     run(log, snapshot, out, ClusterInfo(chunk=chunk, cap=cap, group_by=group_by, seed=seed), overwrite)
+
+
+app.command()(windows)
 
 
 @app.command()
