@@ -83,7 +83,8 @@ def synth(
         str,
         Option(
             help="relevance, xor, profiles, interference, decoupled, far, pair or opposite; of several tasks "
-            "or domains agree, domains, signs, funnel and helper; sparse_25, sparse_5, sparse_1 or collapse."
+            "or domains agree, domains, signs, funnel and helper; sparse_25, sparse_5, sparse_1 or collapse; "
+            "flip, whose best item changes."
         ),
     ] = "relevance",
     seed: Annotated[int, Option(min=0, help="Of every random draw.")] = 7,
