@@ -1,84 +1,19 @@
-"""`tandemrec export`: from a run's newest checkpoint to a serving snapshot that is shown to score alike.
-
-Nothing here holds the model: tables stream from the checkpoint into the snapshot, and the trainer's own
-scores come from the few rows that the compared requests touch.
-"""
+"""`tandemrec export`: from a run's newest checkpoint to a serving snapshot that is shown to score alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from embeddings.errors import CheckpointError, ConfigError, SnapshotError
-from embeddings.groups import TableGroup
-from embeddings.lookup.stored import WIDTHS, Dtype
+from embeddings.errors import ConfigError
+from embeddings.lookup.stored import Dtype
 from pipelines.console import quiet_third_parties
-from pipelines.export_parity import Parity, compare
-from trainer.assemble import build_trainable, feature_rows, id_bounds, resolve_groups
-from trainer.checkpoint import files as checkpoint_files
-from trainer.checkpoint import save_load as checkpoint
-from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
-from trainer.checkpoint.tensors import TensorReader
-from trainer.config.tasks import Task, names_of, resolve_tasks
-from trainer.data.batch import RequestBatch
-from trainer.data.reader import SequenceLogReader
-from trainer.log.schema import LogManifest, read_manifest
-from trainer.log.vocabulary import stream_values
-from trainer.quality.overlap import LEAST_OVERLAP, Overlap, too_small
+from pipelines.export_version import ExportOptions, Published, publish_version
+from trainer.checkpoint.averages import Weights
 from trainer.ranks.device import DeviceName
-from trainer.ranks.process_group import Ranks, process_group
-from trainer.run_config import Config
-from trainer.run_folder import RunFolder, versions
-from trainer.sealed_folder import MANIFEST, file_digest
-from trainer.snapshot import Snapshot, load_snapshot
-from trainer.snapshot.code import check_code, write_code
-from trainer.snapshot.fetching import beside
-from trainer.snapshot.loading import LONGEST_CHAIN, Chain
-from trainer.snapshot.manifest import BaseVersion, InputFeature, SearchPart, SnapshotManifest, VocabularyFile
-from trainer.snapshot.partial_model import PartialModel, rows_of_requests
-from trainer.snapshot.publishing import drafting, open_base, publish
+from trainer.ranks.process_group import process_group
+from trainer.run_folder import RunFolder
+from trainer.snapshot.manifest import SearchPart
 from trainer.snapshot.search import SearchKind
-from trainer.snapshot.vocabularies import SMALL, copy_vocabularies, vocabulary_paths
-from trainer.snapshot.writing import Draft, Source, finish, group_dtypes, int8_lines
-
-_RECORDED_CANDIDATES = 512
-# Allowed differences between probabilities of the snapshot and of the trainer, largest and mean, by the
-# narrowest type in use; docs/snapshots.md has the measurements behind them. With fp32 the snapshot's model
-# does the same operations on the same numbers as the trainer's, so that on one CPU the scores must be
-# bit-equal; another processor rounds the same operations differently, for which the manifest leaves room. In
-# narrower types the largest difference is that of a candidate whose Kth and next behavior changed places: the
-# mean says more.
-BOUNDS: Mapping[Dtype, tuple[float, float]] = {"fp32": (1e-6, 1e-6), "fp16": (0.1, 5e-4), "int8": (0.2, 5e-3)}
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A run's newest good checkpoint, not loaded; `averages`: the dense weights that are written instead."""
-
-    config: Config
-    manifest: LogManifest
-    groups: Mapping[str, TableGroup]
-    reader: TensorReader
-    checkpoint: Path
-    step: int
-    split: str
-    averages: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def requests(self, candidates: int | None = None) -> SequenceLogReader:
-        """The split that scores are compared on, in steps of the run's size or of another."""
-        changes = {} if candidates is None else {"batch_candidates": candidates}
-        data = self.config.data.model_copy(update=changes)
-        return SequenceLogReader(data, self.split, id_bounds(self.groups, self.config), tasks=self.tasks)
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        return resolve_tasks(self.config.tasks, self.manifest.tasks)
 
 
 def export(
@@ -96,233 +31,31 @@ def export(
     search: SearchKind = "none",
     weights: Weights = "raw",
 ) -> Path:
-    """Publish a checkpoint of `run` as the next version under `out`, once its scores are checked.
+    """Publish a checkpoint of `run` as the next version under `out`, and say what was written.
 
     Args:
-        dtype, attention_dtype: how tables of representation and of attention are stored.
-        since: a version under `out` to write a delta against; empty = write everything.
-        keep: newest versions that stay, 0 = all.
-        parity_requests: of the validation split, to compare ranking on besides the recorded ones; 0 = none.
-        aoti: add the dense part as machine code.
-        vocabularies: add the values that the ids stand for; None: where they are small.
-        which: checkpoint, see `trainer.checkpoint.save_load.find_to_use`.
         device: on which the trainer's own scores are made; None = where the run was to train.
-        search: for a retrieval service: `vectors` writes those that are projected; `none` names the tables
-            whose rows are vectors as they are, and writes nothing.
-        weights: the dense ones: those of the last step, or their average over its phase.
+        dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies, which, search, weights: see
+            `pipelines.export_version.ExportOptions`.
 
     Raises:
-        SnapshotError: the snapshot would not score like the trainer, or the search by averaged weights keeps
-            other behaviors, or it cannot be written; then nothing of it stays. CheckpointError: the run has
-            no usable checkpoint, or no whole average.
+        ConfigError: started with several processes. SnapshotError, CheckpointError: see `publish_version`.
     """
     quiet_third_parties()
+    options = ExportOptions(
+        *(dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies, which, search, weights)
+    )
     with process_group(device=device or RunFolder(run).read_config().train.device) as ranks:
         if ranks.world_size > 1:
             raise ConfigError("export runs in one process; start it without torchrun")
-        opened = _open(run, which, weights)
-        if aoti:
-            # Before the tables are written, which takes long where they are large.
-            model, _ = build_trainable(opened.config.without_lanes(), opened.manifest, torch.device("meta"))
-            check_code(out, model)
-        base = open_base(out, since) if since else None
-        if base is not None and len(base.versions) >= LONGEST_CHAIN:
-            raise SnapshotError(base.path, f"builds on {LONGEST_CHAIN - 1} others; export without --since")
-        dtypes = group_dtypes(opened.config, dtype, attention_dtype)
-        for line in int8_lines(opened.groups.values(), dtypes):
-            print(line, flush=True)
-        with drafting(out) as part:
-            base = None if base is None else beside(base, part)
-            manifest, parity = _write(
-                part, opened, dtypes, base, ranks, parity_requests, vocabularies, search
-            )
-            if aoti:
-                code = write_code(part, load_snapshot(part))
-                manifest = manifest.model_copy(update={"code": (code,)})
-            version = publish(out, part, manifest, keep)
-    print("\n".join(_report(version, manifest, parity, opened.split)))
-    return version
+        published = publish_version(run, out, ranks, options)
+    print("\n".join(report_lines(published)))
+    return published.path
 
 
-def _open(run: Path, which: str = "", weights: Weights = "raw") -> _Run:
-    folder = RunFolder(run)
-    config = folder.read_config()
-    manifest = read_manifest(config.data.log)
-    found = checkpoint.find_to_use(folder.checkpoints, which)
-    path = found.path
-    assert path is not None
-    for line in found.lines:
-        print(line, flush=True)
-    groups, reader = resolve_groups(config, manifest), TensorReader(path)
-    for name, group in groups.items():
-        for table in group.tables:
-            shape = reader.shape(reader.table(name, group.table_name(table)))
-            if shape != (table.rows, table.dim):
-                problem = f"table {group.table_name(table)} is {list(shape)}, its log and config say "
-                raise CheckpointError(path, f"{problem}{[table.rows, table.dim]}")
-    averages: dict[str, Tensor] = {}
-    if weights == "averaged":
-        averages = averaged_weights(reader, path, found.state)
-        if missing := steps_missing(found.state):
-            problem = f"lies within its phase, whose average misses {missing:,} steps; train it to its end"
-            raise CheckpointError(path, f"{problem}, or export raw weights")
-    split = "validation" if manifest.holds("validation") else "train"
-    if split == "train":
-        print("this log has no validation requests: scores are compared on training ones", flush=True)
-    return _Run(config, manifest, groups, reader, path, int(found.state["step"]), split, averages)
-
-
-def _write(
-    part: Path,
-    run: _Run,
-    dtypes: Mapping[str, Dtype],
-    base: Chain | None,
-    ranks: Ranks,
-    parity_requests: int,
-    vocabularies: bool | None,
-    search: SearchKind,
-) -> tuple[SnapshotManifest, Parity]:
-    """Everything of a version but its number, and how it compares to the trainer."""
-    with closing(run.requests(_RECORDED_CANDIDATES).steps()) as steps:
-        recorded = next(steps).batch
-    found = rows_of_requests(_batches(recorded, run, parity_requests), run.groups, run.config)
-    tables = {g.table_name(t): t.feature for g in run.groups.values() for t in g.tables}
-    source = Source(run.config, run.groups, run.reader, _base_step(run, base))
-    wanted = {table: found.ids[feature] for table, feature in tables.items()}
-    draft = Draft(part, source, dtypes, base, partial(found.watch, tables), wanted, search)
-    raw = source.dense()
-    dense = raw | dict(run.averages)
-    draft.write_dense(dense)
-    facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
-    trainer = PartialModel(run.config, run.manifest, ranks, dense, found)
-    if run.averages:
-        _check_overlap(part, trainer, run, raw, [*_batches(recorded, run, parity_requests)])
-    bounds = BOUNDS[min(dtypes.values(), key=WIDTHS.index)]
-    inputs = inputs_of(run.manifest, recorded)
-    known = {**run.manifest.features, **run.manifest.context}
-    # Of what the ids of the model's features stand for.
-    digests = {name: known[name].vocabulary for name in {**feature_rows(run.groups), **inputs}}
-    manifest = SnapshotManifest(
-        number=1 if base is None else base.manifest.number + 1,
-        base=base and BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST)),
-        step=run.step,
-        weights="averaged" if run.averages else "raw",
-        checkpoint=checkpoint_files.manifest_digest(run.checkpoint),
-        score_bound=bounds[0],
-        mean_bound=bounds[1],
-        tasks=tuple(names_of(run.tasks)),
-        numeric=tuple(run.manifest.numeric),
-        features=feature_rows(run.groups),
-        inputs=inputs,
-        recorded_features=tuple(recorded.features.keys()),
-        recorded_context=() if recorded.context is None else tuple(recorded.context.keys()),
-        vocabularies=digests,
-        vocabulary_files=copy_wanted_vocabularies(part, run.config.data.log, inputs, digests, vocabularies),
-        config=run.config,
-        files=(),
-        versions=versions(),
-        **facts,
-    )
-    snapshot = finish(draft, manifest, recorded, trainer.score(recorded))
-    return snapshot.manifest, _check(snapshot, trainer, run, ranks, parity_requests)
-
-
-def _base_step(run: _Run, base: Chain | None) -> int | None:
-    """The step of the base's checkpoint, if the run has that very one; else all rows are compared."""
-    if base is None or not base.manifest.checkpoint:
-        return None
-    there = checkpoint_files.of_step(run.checkpoint.parent, base.manifest.step)
-    same = {checkpoint_files.manifest_digest(path) for path in there} == {base.manifest.checkpoint}
-    return base.manifest.step if same else None
-
-
-def _check(
-    snapshot: Snapshot, trainer: PartialModel, run: _Run, ranks: Ranks, parity_requests: int
-) -> Parity:
-    """Compare what was written with the trainer.
-
-    Raises:
-        SnapshotError: it does not score like the trainer. DataError: its vocabularies are not the log's.
-    """
-    worst, manifest = snapshot.self_check(), snapshot.manifest
-    for entry in manifest.vocabulary_files:
-        for _ in stream_values(snapshot.path / entry.path, manifest.vocabularies[entry.feature]):
-            # To the end: only then is the digest compared.
-            pass
-    parity = compare(trainer, snapshot, run.requests(), parity_requests) if parity_requests else Parity()
-    snapshot.check_parity(parity.worst, parity.mean)
-    worst = max(worst, parity.worst)
-    if worst > 0 and snapshot.manifest.score_bound == BOUNDS["fp32"][0] and ranks.device.type == "cpu":
-        problem = f"scores differ by {worst:.3g} from the trainer's on this very machine"
-        raise SnapshotError(snapshot.path, problem)
-    return parity
-
-
-def _check_overlap(
-    part: Path, trainer: PartialModel, run: _Run, raw: Mapping[str, Tensor], batches: Sequence[RequestBatch]
-) -> None:
-    """Compare what the search keeps by raw and by averaged weights, which the trainer has; and say it.
-
-    The tables are those of the last step, and attention that is averaged without them may rank otherwise.
-
-    Raises:
-        SnapshotError: it keeps too few of the same.
-    """
-    overlap = Overlap(run.config.model, choices=True)
-    averaged = [trainer.search(batch) for batch in batches] if overlap else []
-    if not averaged:
-        return
-    trainer.put(raw)
-    for batch, own in zip(batches, averaged, strict=True):
-        overlap.add(trainer.search(batch), own)
-    trainer.put(run.averages)
-    shares, candidates = overlap.shares(), sum(batch.candidates for batch in batches)
-    print("\n".join(overlap.lines(f"{candidates:,} candidates of {run.split}")), flush=True)
-    if names := too_small(shares):
-        raise SnapshotError(
-            part,
-            f"below {LEAST_OVERLAP:.0%} in {' and '.join(names)}: the averaged attention weights do not fit "
-            "the tables, which are those of the last step; export raw weights, or have the phase that "
-            f'averages freeze the attention (freeze = ["branches.{names[0]}.scorer"] and what else scores)',
-        )
-
-
-def _batches(recorded: RequestBatch, run: _Run, limit: int) -> Iterator[RequestBatch]:
-    """The recorded batch and those of the first `limit` requests, as `compare` will read them."""
-    yield recorded
-    seen = 0
-    with closing(run.requests().steps()) as steps:
-        while seen < limit and (step := next(steps, None)) is not None:
-            yield step.batch
-            seen += step.batch.requests
-
-
-def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeature]:
-    """What carries the features of a batch, as the log has it."""
-    inputs = {}
-    for name in batch.features.keys():  # noqa: SIM118 - no dict
-        inputs[name] = InputFeature(side=manifest.features[name].side, multi=manifest.features[name].multi)
-    for name in () if batch.context is None else batch.context.keys():
-        inputs[name] = InputFeature(side="context", multi=manifest.context[name].multi)
-    return inputs
-
-
-def copy_wanted_vocabularies(
-    part: Path, log: Path, inputs: Mapping[str, InputFeature], digests: Mapping[str, str], wanted: bool | None
-) -> tuple[VocabularyFile, ...]:
-    """The log's vocabularies, where they are wanted, or small and nobody said anything."""
-    files = vocabulary_paths(log, inputs, digests)
-    if wanted is None:
-        there = [file.stat().st_size for file in files.values() if file.is_file()]
-        if len(there) < len(files):
-            return ()
-        if sum(there) > SMALL:
-            print(f"vocabularies of {sum(there) / 1e6:,.0f} MB are left out; --vocabularies adds them")
-            return ()
-    return copy_vocabularies(part, files) if wanted is not False else ()
-
-
-def _report(version: Path, manifest: SnapshotManifest, parity: Parity, split: str) -> list[str]:
+def report_lines(published: Published) -> list[str]:
+    """What a version holds and how it compares, for a terminal."""
+    manifest = published.manifest
     sizes = dict.fromkeys(("tables", "search", "vocab", "code"), 0.0) | {"the rest": 0.0}
     for path, entry in manifest.listed().items():
         folder = path.split("/")[0]
@@ -330,14 +63,14 @@ def _report(version: Path, manifest: SnapshotManifest, parity: Parity, split: st
     parts = ", ".join(f"{part} {size:,.1f}" for part, size in sizes.items() if size or part == "search")
     kinds = ", ".join(f"{name} {tables[0].dtype}" for name, tables in manifest.groups.items())
     lines = [
-        f"snapshot {version}: step {manifest.step}, {sum(sizes.values()):,.1f} MB ({parts}); {kinds}",
+        f"snapshot {published.path}: step {manifest.step}, {sum(sizes.values()):,.1f} MB ({parts}); {kinds}",
         *(_search_line(name, part) for name, part in manifest.search.items()),
     ]
     if manifest.base is not None:
         held = [(stored.held, stored.rows) for _, _, stored in manifest.matrices()]
         changed, rows = map(sum, zip(*held, strict=True))
         lines.append(f"delta against version {manifest.base.number}: {changed:,} of {rows:,} rows")
-    return lines + parity.lines(split)
+    return lines + published.parity.lines(published.split)
 
 
 def _search_line(branch: str, part: SearchPart) -> str:

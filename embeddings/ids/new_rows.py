@@ -59,7 +59,8 @@ class NewRows:
         """Have rows begin anew, before the lookup of the step that gave them to new ids.
 
         Args:
-            new_rows: name of a map -> rows of the tables that are looked up by it, ascending, each once, whatever rank they lie on.
+            new_rows: name of a map -> rows of the tables that are looked up by it, ascending, each once,
+                whatever rank they lie on.
         """
         for name, rows in new_rows.items():
             for shard in self._shards.get(name, ()) if rows.size else ():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import trainer.serving.versions as versions_module
-from pipelines.export import copy_wanted_vocabularies, inputs_of
+from pipelines.export_version import copy_wanted_vocabularies, inputs_of
 from pipelines.serve.app import Service, build_app
 from pipelines.serve.load import LoadLimits
 from pipelines.serve.metrics import Metrics

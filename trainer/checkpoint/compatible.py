@@ -34,6 +34,10 @@ _GROUP_SETTINGS_THAT_MAY_CHANGE = (".learning_rate", ".sharding", ".stochastic_r
 PlanTree = Mapping[str, Any]
 
 
+# What the manifests of earlier versions do not say of a feature.
+_NEW_OF_FEATURES = ("raw", "hashed")
+
+
 def log_fingerprint(manifest: LogManifest) -> str:
     """What a log is to a run: its features, tasks and counts, whatever bytes or folder hold it."""
     # What older logs do not say is left out where it says nothing, so that their fingerprints stay.
@@ -43,6 +47,10 @@ def log_fingerprint(manifest: LogManifest) -> str:
         **manifest.model_dump(include={"partial", "label_weights"}, exclude_defaults=True),
         "splits": splits,
     }
+    for info in (*tree["features"].values(), *tree["context"].values()):
+        for name in _NEW_OF_FEATURES:
+            if not info.get(name, True):
+                del info[name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

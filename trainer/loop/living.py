@@ -18,11 +18,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from embeddings.agreement import from_every_rank
-from embeddings.ids.bucket_map import Counts
+from embeddings.ids.bucket_map import Counts, Int64s
 from embeddings.ids.stage import IdStage, Taken
 from trainer.checkpoint.id_files import IdFiles, read_stage
 from trainer.data.batch import RequestBatch, pinning
-from trainer.data.living_ids import newest_request, seen_ids, with_rows
+from trainer.data.living_ids import SeenIds, newest_request, seen_ids, with_rows
 from trainer.data.reader import Step
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_config import Config
@@ -146,15 +146,19 @@ class LivingIds:
         for each in self.stage.maps.values():
             each.counts = Counts()
         self._untrained.append(_Untrained(taken, counts))
-        batch = with_rows(step.batch, {name: taken.rows[name][each.place] for name, each in seen.items()})
+        batch = with_rows(step.batch, self._placed(taken.rows, seen))
         new_rows = {name: rows for name, rows in taken.new_rows.items() if rows.size}
         return replace(step, batch=self._prepared(batch), new_rows=new_rows)
 
     def _looked_up(self, step: Step) -> Step:
         seen = seen_ids(step.batch, self.stage.rules)
         rows = self.stage.look_up({name: each.sightings.ids for name, each in seen.items()})
-        batch = with_rows(step.batch, {name: rows[name][each.place] for name, each in seen.items()})
-        return replace(step, batch=self._prepared(batch))
+        return replace(step, batch=self._prepared(with_rows(step.batch, self._placed(rows, seen))))
+
+    def _placed(self, rows: Mapping[str, Int64s], seen: Mapping[str, SeenIds]) -> dict[str, Int64s]:
+        """What each map gave for the distinct ids of its feature, for each id of the batch."""
+        rules = self.stage.rules
+        return {name: each[seen[rules[name].within or name].place] for name, each in rows.items()}
 
     def _prepared(self, batch: RequestBatch) -> RequestBatch:
         return batch if self._prepare is None else self._prepare(batch)

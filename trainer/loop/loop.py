@@ -21,7 +21,7 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
 from trainer.checkpoint.delta import row_parts
-from trainer.data.reader import Cursor, SequenceLogReader
+from trainer.data.reader import SequenceLogReader
 from trainer.loop.course import Course
 from trainer.loop.early_stopping import Best
 from trainer.loop.fork import Fork, go_on
@@ -186,7 +186,7 @@ class Trainer:
         if over and fork is not None:
             self._turn(fork, step.last)
         elif passed or not self._stops_here():
-            self.at.cursor = Cursor(self.at.cursor.epoch + 1)
+            self.at.cursor = self.at.cursor.next_pass()
 
     def _turn(self, fork: Fork, last: bool) -> None:
         """End a branch, and merge all after the last one; see `Fork.turn`."""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import pipelines.export
+import pipelines.export_version
 from embeddings.errors import CheckpointError, ConfigError, SnapshotError
 from pipelines.evaluate import evaluate
 from pipelines.export import export
@@ -214,4 +214,4 @@ def test_weights_that_the_search_does_not_see_change_nothing_that_it_keeps(
     found = run(tmp_path / "run", config(log, WARM, frozen, **SEARCHED))
     export(found, tmp_path / "snapshot", weights="averaged")
     assert "keeps 100.00% of the top K of the raw ones" in capsys.readouterr().out
-    assert pipelines.export.LEAST_OVERLAP == 0.95
+    assert pipelines.export_version.LEAST_OVERLAP == 0.95

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pipelines.export as export_module
+import pipelines.export_version as export_module
 import trainer.log.known_values as vocabulary_module
 from embeddings.errors import DataError, SnapshotError
 from tests.helpers.logs import random_rows, write_log

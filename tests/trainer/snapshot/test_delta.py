@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import StoredTable
-from pipelines.export import _base_step
+from pipelines.export_version import _base_step
 from tests.helpers.launching import tandemrec
 from tests.helpers.models import preset, small_log
 from tests.helpers.snapshots import Change, exported, publish_copy, save_run
@@ -264,7 +264,7 @@ def test_rows_that_a_chain_of_checkpoints_knows_give_the_same_delta(
         exported(tmp_path / "run", out, which="1")
         read.clear()
         if not known:
-            monkeypatch.setattr("pipelines.export._base_step", lambda *given: None)
+            monkeypatch.setattr("pipelines.export_version._base_step", lambda *given: None)
         versions.append(exported(tmp_path / "run", out, which="3", since="1", parity_requests=9))
         # A table of nine rows is written whole, since most have changed.
         assert known == (not [name for name in read if "item_id" in name])

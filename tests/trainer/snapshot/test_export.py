@@ -345,7 +345,7 @@ def test_what_cannot_be_compiled_is_said_before_tables_are_written(
     words = ["model.head=experts", 'model.mixer={kind = "softmax", gate = "prior"}', "groups.near.dim=4"]
     run = save_run(tmp_path / "run", log, "dare", *words, "model.roles.prior=near")
     monkeypatch.setattr(shutil, "which", lambda _: "g++")
-    monkeypatch.setattr("pipelines.export._write", lambda *_: pytest.fail("tables were written"))
+    monkeypatch.setattr("pipelines.export_version._write", lambda *_: pytest.fail("tables were written"))
     with pytest.raises(SnapshotError, match='head = "experts" needs its sets one by one') as error:
         export(run, tmp_path / "out", aoti=True)
     assert str(error.value).startswith(f"{tmp_path / 'out'}: ")
