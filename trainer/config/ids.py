@@ -54,7 +54,8 @@ class IdsConfig(Settings):
     """The number of sightings that an id needs for `admission = "count"`."""
     counter: Literal["exact", "sketch"] = "exact"
     """How these are counted. `exact` keeps every id that waits. `sketch` keeps `sketch_cells` numbers
-    whatever the number of ids; it never counts too few, and now and then too many (see docs/online.md)."""
+    whatever the number of ids: it forgets ids that were seen long ago, and lets a few ids in too early (see
+    docs/online.md)."""
     sketch_cells: int = Field(1 << 20, ge=64)
     """The number of counters of a sketch. Each takes 8 bytes."""
     admit_chance: float = Field(0.1, gt=0, le=1)
