@@ -28,7 +28,7 @@ class SmallRules(IdRules):
 
     @property
     def buckets(self) -> int:
-        return max(1, self.capacity // 4)
+        return self.bucket_count or max(1, self.capacity // 4)
 
 
 def mixed(number: int) -> int:
@@ -149,6 +149,8 @@ class SlowMap:
 
     def __init__(self, rules: IdRules) -> None:
         self.rules, self.now, self.steps, self.counts = rules, -(1 << 63), 0, Counter[str]()
+        # Those that lost their rows in the newest step.
+        self.gone: set[int] = set()
         # (bucket, way) -> what has the row.
         self.held: dict[tuple[int, int], Row] = {}
         makers = {"all": lambda _: SlowAll(), "chance": SlowChance}
@@ -167,7 +169,7 @@ class SlowMap:
     def take(self, seen: Mapping[int, Seen], newest_request: int) -> set[int]:
         """Let the map have a step -> the rows that went to new ids."""
         before, self.now, self.steps = self.now, max(self.now, newest_request), self.steps + 1
-        tick = max(1, self.rules.ttl // 16)
+        self.gone, tick = set(), max(1, self.rules.ttl // 16)
         if self.rules.ttl and (before < 0 or self.now // tick > before // tick):
             self._expire()
         known = {row.id: row for row in self.held.values()}
@@ -185,7 +187,9 @@ class SlowMap:
                 self.counts["crowded"] += 1
                 continue
             self.counts["admitted"] += 1
-            self.counts["evicted"] += place in self.held
+            if place in self.held:
+                self.counts["evicted"] += 1
+                self.gone.add(self.held[place].id)
             self.held[place] = Row(id_, seen[id_].newest, seen[id_].count)
             in_use.add(place)
             new.add(self.rules.shared_rows + place[0] * self.rules.ways + place[1])
@@ -221,8 +225,24 @@ class SlowMap:
             stay = set(newest[-protected:] if protected else ())
             for place in places:
                 if self.held[place].last < self.now - self.rules.ttl and place not in stay:
-                    del self.held[place]
+                    self.gone.add(self.held.pop(place).id)
                     self.counts["expired"] += 1
+
+
+class SlowStage:
+    """The maps of a feature: its own, and those that hold a part of its ids."""
+
+    def __init__(self, rules: Mapping[str, IdRules]) -> None:
+        self.maps = {name: SlowMap(each) for name, each in rules.items()}
+
+    def take(self, seen: Mapping[int, Seen], newest_request: int) -> dict[str, set[int]]:
+        """Let each map have a step -> its rows that went to new ids."""
+        whole, *parts = self.maps.values()
+        new = [whole.take(seen, newest_request)]
+        for part in parts:
+            part.held = {place: row for place, row in part.held.items() if row.id not in whole.gone}
+            new.append(part.take({id_: seen[id_] for id_ in seen if id_ in whole.rows()}, newest_request))
+        return dict(zip(self.maps, new, strict=True))
 
 
 def sightings_of(seen: Mapping[int, Seen]) -> Sightings:

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from embeddings.errors import CheckpointError, ConfigError
 from embeddings.groups import TableName
 from embeddings.optimizers import ROW_OPTIMIZERS
+from trainer.config.sets import sets_of
 from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import flat_settings
 from trainer.log.schema import LogManifest
-from trainer.run_config import Config, sets_of
+from trainer.run_config import Config
 
 # Another value of these would make a position inside an epoch mean other blocks.
 _ORDER = (

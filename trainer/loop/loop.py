@@ -166,7 +166,7 @@ class Trainer:
             stretches = chain([every - self.at.steps_done % every], repeat(every))
         with (
             closing(self.course.reader.steps(self.at.cursor)) as read,
-            nullcontext(read) if self.living is None else closing(self.living.steps(read)) as steps,
+            nullcontext(read) if self.living is None else self.living.steps(read) as steps,
             # A pipeline reads ahead, but not beyond the last step.
             closing(self.course.pipeline.train(islice(steps, left), stretches)) as trained,
         ):

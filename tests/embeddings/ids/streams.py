@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from embeddings.ids.admission.table import ADMISSIONS
 from embeddings.ids.eviction.table import EVICTIONS
+from embeddings.ids.rules import IdRules
 from tests.helpers.slow_ids import Seen, SmallRules
 
 # Of both signs, and the ends of the range.
@@ -38,6 +39,14 @@ def all_rules(draw: st.DrawFn) -> SmallRules:
         protected_rows=draw(st.integers(0, 8)) if ttl else 0,
         seed=draw(st.integers(0, 1 << 40)),
     )
+
+
+@st.composite
+def all_maps(draw: st.DrawFn) -> dict[str, IdRules]:
+    """Of one feature, and now and then of a group with a capacity of its own."""
+    rules = draw(all_rules())
+    part = draw(st.integers(0, 2)) * rules.buckets
+    return {"item": rules, **({"item@part": rules.part("item", part)} if part else {})}
 
 
 @st.composite

@@ -15,14 +15,10 @@ from embeddings.ids.hashing import hashed
 from embeddings.ids.parts import MapPart, State, frozen, part_for
 from embeddings.ids.rules import IdRules, part_of
 from embeddings.ids.stage import IdStage, Taken
-from tests.embeddings.ids.streams import IDS, Part, all_rules, streams
-from tests.helpers.slow_ids import SlowMap, bucket_of, hash_of, merged, sightings_of
+from tests.embeddings.ids.streams import IDS, Part, all_maps, all_rules, streams
+from tests.helpers.slow_ids import SlowStage, bucket_of, hash_of, merged, sightings_of
 
 WANTED = np.array([*IDS, *IDS[:3], 99], dtype=np.int64)
-
-
-def stage_of(rules: IdRules) -> IdStage:
-    return IdStage({"item": rules})
 
 
 def take(stage: IdStage, parts: list[Part], keep: bool = False) -> tuple[Sightings, Taken]:
@@ -31,8 +27,13 @@ def take(stage: IdStage, parts: list[Part], keep: bool = False) -> tuple[Sightin
 
 
 def copy_of(stage: IdStage) -> State:
-    state = {name: array.copy() for name, array in stage.maps["item"].state().items()}
-    return {**state, "clock": stage.clock.copy()}
+    """All that the stage remembers."""
+    states = {
+        f"{name} {key}": array.copy()
+        for name, map_ in stage.maps.items()
+        for key, array in map_.state().items()
+    }
+    return {**states, "clock": stage.clock.copy()}
 
 
 def same(one: State, other: State) -> bool:
@@ -40,21 +41,23 @@ def same(one: State, other: State) -> bool:
 
 
 @settings(deadline=None, max_examples=200)
-@given(all_rules(), streams())
-def test_a_map_is_what_dicts_give(rules: IdRules, stream: list[list[Part]]) -> None:
-    stage, slow = stage_of(rules), SlowMap(rules)
+@given(all_maps(), streams())
+def test_maps_are_what_dicts_give(rules: dict[str, IdRules], stream: list[list[Part]]) -> None:
+    stage, slow = IdStage(rules), SlowStage(rules)
     for parts in stream:
         seen, taken = take(stage, parts)
         new = slow.take(merged([part.seen for part in parts]), max(part.newest_request for part in parts))
-        assert taken.rows["item"].tolist() == [slow.row_of(id_) for id_ in seen.ids.tolist()]
-        assert taken.new_rows["item"].tolist() == sorted(new)
-        found = stage.look_up({"item": WANTED})["item"]
-        assert found.tolist() == [slow.row_of(id_) for id_ in WANTED.tolist()]
-        ids, rows = stage.maps["item"].entries()
-        assert dict(zip(ids.tolist(), rows.tolist(), strict=True)) == slow.rows()
-        assert ids.tolist() == sorted(slow.rows())
-    counts = asdict(stage.maps["item"].counts)
-    assert counts == {name: slow.counts[name] for name in asdict(Counts())}
+        found = stage.look_up({"item": WANTED})
+        for name, slow_map in slow.maps.items():
+            assert taken.rows[name].tolist() == [slow_map.row_of(id_) for id_ in seen.ids.tolist()]
+            assert taken.new_rows[name].tolist() == sorted(new[name])
+            assert found[name].tolist() == [slow_map.row_of(id_) for id_ in WANTED.tolist()]
+            ids, rows = stage.maps[name].entries()
+            assert dict(zip(ids.tolist(), rows.tolist(), strict=True)) == slow_map.rows()
+            assert ids.tolist() == sorted(slow_map.rows())
+    for name, slow_map in slow.maps.items():
+        counts = asdict(stage.maps[name].counts)
+        assert counts == {key: slow_map.counts[key] for key in asdict(Counts())}
 
 
 @settings(deadline=None, max_examples=100)
@@ -63,7 +66,7 @@ def test_parts_are_the_whole_map_however_they_are_cut(
     rules: IdRules, stream: list[list[Part]], before: int, after: int, data: st.DataObject
 ) -> None:
     """Half of the stream by some ranks, the rest by others, which go on from the first ones' state."""
-    whole, half = stage_of(rules), data.draw(st.integers(0, len(stream)))
+    whole, half = IdStage({"item": rules}), data.draw(st.integers(0, len(stream)))
     maps = [BucketMap(rules, part_of(rules.buckets, rank, before)) for rank in range(before)]
     for number, parts in enumerate(stream):
         if number == half:
@@ -104,12 +107,12 @@ def has_ticked(before: int, now: int, ttl: int) -> bool:
 
 
 @settings(deadline=None, max_examples=100)
-@given(all_rules(), streams(), st.data())
+@given(all_maps(), streams(), st.data())
 def test_steps_are_taken_back_and_made_again(
-    rules: IdRules, stream: list[list[Part]], data: st.DataObject
+    rules: dict[str, IdRules], stream: list[list[Part]], data: st.DataObject
 ) -> None:
     """Now and then the newest steps are swapped away and back, or are gone for good and others come."""
-    stage, other = stage_of(rules), stage_of(rules)
+    stage, other = IdStage(rules), IdStage(rules)
     undone, states = [], [copy_of(stage)]
     for parts in stream:
         undone.append(take(stage, parts, keep=True)[1])
@@ -126,10 +129,11 @@ def test_steps_are_taken_back_and_made_again(
             assert same(copy_of(stage), states[-1])
     # What was taken back has left nothing behind that comes out later.
     other.clock[:] = stage.clock
-    other.maps["item"].load(stage.maps["item"].state())
+    for name, map_ in other.maps.items():
+        map_.load(stage.maps[name].state())
     for parts in stream:
         mine, theirs = take(stage, parts, keep=True)[1], take(other, parts)[1]
-        assert mine.rows["item"].tolist() == theirs.rows["item"].tolist()
+        assert all(np.array_equal(mine.rows[name], theirs.rows[name]) for name in rules)
     assert same(copy_of(stage), copy_of(other))
 
 
