@@ -14,16 +14,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from pydantic import Field, PositiveInt
@@ -34,7 +34,7 @@ from benchmarks.harness.timing import Seconds, one_thread, rounds, seconds_of, s
 from benchmarks.harness.two_ranks import RANKS, add_rank_of, start_ranks
 from benchmarks.inputs.cells import Cell, config_of
 from benchmarks.inputs.synthetic import Draws, as_batch
-from embeddings.ids.bucket_map import Counts, Sightings
+from embeddings.ids.bucket_map import Counts, Int64s, Sightings
 from embeddings.ids.new_rows import NewRows
 from embeddings.ids.rules import IdRules
 from embeddings.ids.stage import IdStage
@@ -164,7 +164,11 @@ def steps_of(settings: IdsBench, ranks: Ranks, repeats: int, folder: Path) -> di
         for rows in drawn[ranks.rank :: ranks.world_size]
     ]
     rows = {name: info.rows for name, info in manifest.features.items()}
-    ids = {STATIC: {}, ROOMY: rows, TIGHT: {name: max(64, each // 10) for name, each in rows.items()}}
+    ids: dict[str, dict[str, int]] = {
+        STATIC: {},
+        ROOMY: rows,
+        TIGHT: {name: max(64, each // 10) for name, each in rows.items()},
+    }
     return {
         name: Way(with_ids(config, capacities), manifest, held, ranks, folder, settings.steps)
         for name, capacities in ids.items()
@@ -201,7 +205,7 @@ class Stream:
         weights = np.arange(1, settings.distinct // 2 + 1, dtype=np.float64) ** -0.9
         self._reach = np.cumsum(weights / weights.sum())
 
-    def steps(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    def steps(self) -> Iterator[tuple[Int64s, Int64s]]:
         """Ids and times of each step."""
         size, total = self._settings.occurrences, self._settings.events
         half = self._settings.distinct // 2
@@ -214,49 +218,57 @@ class Stream:
             yield item * 0x5DEECE66D - (1 << 40), (seen * self._settings.days * _DAY).astype(np.int64)
 
 
+class Sample(NamedTuple):
+    """A step of the stream: processor milliseconds, numbers of ids, and the share of hits."""
+
+    merge_ms: float
+    take_ms: float
+    find_ms: float
+    distinct: float
+    new: float
+    hits: float
+
+
+def sample_of(stage: IdStage, ids: Int64s, times: Int64s) -> Sample:
+    """Let a map have a step of the stream."""
+    rules = stage.rules["item"]
+    started = time.process_time()
+    seen, place = Sightings.merged(ids, np.ones_like(ids), times)
+    merged = time.process_time()
+    taken = stage.take({"item": seen}, int(times[-1]))
+    done = time.process_time()
+    stage.look_up({"item": seen.ids})
+    found = time.process_time()
+    hits = float((taken.rows["item"][place] >= rules.shared_rows).mean())
+    times_ms = 1e3 * (merged - started), 1e3 * (done - merged), 1e3 * (found - done)
+    return Sample(*times_ms, seen.ids.size, taken.new_rows["item"].size, hits)
+
+
 @one_thread()
 def measure_rules(name: str, settings: IdsBench) -> Row:
     """One set of rules over the stream, in this process."""
-    rules = IdRules(settings.distinct // 10, counts="all", **RULES[name])
+    rules = IdRules(settings.distinct // 10, **RULES[name])
     stage, steps = IdStage({"item": rules}), settings.events // settings.occurrences
-    hits, resident, taken = [], [], []
-    for number, (ids, times) in enumerate(Stream(settings).steps(), 1):
-        part: list[Any] = []
-        merge = seconds_of(lambda ids=ids, times=times, part=part: part.extend(_merged(ids, times)))
-        seen, place = part
-        done: list[Any] = []
-        take = seconds_of(
-            lambda seen=seen, times=times, done=done: done.append(stage.take({"item": seen}, int(times[-1])))
-        )
-        find = seconds_of(lambda ids=ids: stage.look_up({"item": ids}))
-        rows, new = done[0].rows["item"], done[0].new_rows["item"]
-        hits.append(float((rows[place] >= rules.shared_rows).mean()))
-        if number > 0.9 * steps:
-            taken.append((merge.cpu, take.cpu, find.cpu, seen.ids.size, new.size))
-        if number * _TENTHS // steps > len(resident):
-            resident.append(_resident())
+    samples, resident = list[Sample](), list[float]()
+    for ids, times in Stream(settings).steps():
+        samples.append(sample_of(stage, ids, times))
+        if len(samples) * _TENTHS // steps > len(resident):
+            resident.append(_resident() / 1e6)
+    late = samples[-max(1, steps // _TENTHS) :]
+    middle = Sample(*(median(column) for column in zip(*late, strict=True)))
     counts: Counts = stage.maps["item"].counts
     state = sum(array.nbytes for array in stage.maps["item"].state().values())
-    merge_s, take_s, find_s, distinct, fresh = (median(each) for each in zip(*taken, strict=True))
     return {
         "rules": name,
-        "hits": 100 * float(np.mean(hits)),
-        "late_hits": 100 * float(np.mean(hits[-max(1, steps // _TENTHS) :])),
+        **middle._asdict(),
+        "hits": 100 * float(np.mean([each.hits for each in samples])),
+        "late_hits": 100 * float(np.mean([each.hits for each in late])),
         "admitted": counts.admitted,
         "evicted": counts.evicted,
         "bytes_a_row": state / (rules.rows - rules.shared_rows),
-        "resident_mb": [each / 1e6 for each in resident],
-        "grown_mb": (resident[-1] - resident[0]) / 1e6,
-        "distinct": distinct,
-        "new": fresh,
-        "merge_ms": 1e3 * merge_s,
-        "take_ms": 1e3 * take_s,
-        "find_ms": 1e3 * find_s,
+        "resident_mb": resident,
+        "grown_mb": resident[-1] - resident[0],
     }
-
-
-def _merged(ids: npt.NDArray[np.int64], times: npt.NDArray[np.int64]) -> tuple[Sightings, Any]:
-    return Sightings.merged(ids, np.ones_like(ids), times)
 
 
 def _resident() -> int:
