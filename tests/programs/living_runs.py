@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from embeddings.ids.bucket_map import BucketMap
 from embeddings.ids.parts import part_for
 from tests.helpers.forked import one_thread
 from tests.helpers.logs import Shape, random_rows, write_log
 from tests.programs.delta_runs import also_in_full, compared
 from tests.programs.saving_runs import Runs, at_step, digests, terminate
-from trainer.checkpoint import files, id_files
+from trainer.checkpoint import files
+from trainer.checkpoint.id_files import SavedMaps
 from trainer.checkpoint.tensors import TensorReader
 from trainer.log.schema import FeatureInfo
 
@@ -73,13 +73,11 @@ def maps(run: Path) -> dict[str, dict[str, Any]]:
     """Of each checkpoint: the clock, and every array of the whole map as a list."""
     found = {}
     for path in sorted(files.checkpoints(run / "checkpoints")):
-        headers = id_files._open(path)
-        rules = id_files.IdRules(**headers[0].maps["item_id"][1]["rules"])
-        every = [file.part("item_id") for file in headers]
-        state = part_for(range(rules.buckets), every, rules, rules)
-        BucketMap(rules, range(rules.buckets)).load(state)
+        saved = SavedMaps.open(path)
+        rules = saved.rules()["item_id"]
+        state = part_for(range(rules.buckets), saved.parts("item_id"), rules, rules)
         found[path.name] = {
-            "clock": headers[0].clock,
+            "clock": saved.clock,
             **{key: array.tolist() for key, array in state.items()},
         }
     return found
