@@ -346,8 +346,7 @@ class Fork:
 
 def keeper_of(model: DistributedModelParallel, tensors: Mapping[str, Any]) -> RowsBeforeChange:
     """Of all rows of a model; `tensors`: its state dict and that of its optimizers."""
-    parts = row_parts(tensors)
-    return RowsBeforeChange(model, {key: [p.tensor for p in each.values()] for key, each in parts.items()})
+    return RowsBeforeChange(model, rows_of_tables(tensors))
 
 
 def go_on(fork: Fork | None, state: Mapping[str, Any], where: str) -> None:

@@ -20,7 +20,7 @@ from embeddings.lookup.touched import TouchedRows
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
-from trainer.checkpoint.delta import row_parts
+from trainer.checkpoint.delta import rows_of_tables
 from trainer.data.reader import SequenceLogReader
 from trainer.loop.course import Course
 from trainer.loop.early_stopping import Best
@@ -83,7 +83,8 @@ class Trainer:
         course = partial(Course, *given, train, validation, ranks, folder.path, say)
         self.course = course(supply, touched, self.living)
         if self.living is not None:
-            self.step.new_rows = self._new_rows(touched)
+            groups, parts = model.module.lookups.groups.values(), rows_of_tables(self.course.tensors())
+            self.step.new_rows = NewRows(groups, config.train.seed, parts, touched)
         self.validation = self.course.validation
         if remark := remark_on(config.train.pipeline, self.course.pipeline):
             say(remark)
@@ -94,14 +95,6 @@ class Trainer:
         self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
         self.interrupts = Interrupts(config.checkpoint)
         self.stopped = False
-
-    def _new_rows(self, touched: TouchedRows | None) -> NewRows:
-        """What begins rows anew, in all tables of a feature."""
-        parts = {
-            key: tuple(part.tensor for part in each.values())
-            for key, each in row_parts(self.course.tensors()).items()
-        }
-        return NewRows(self.model.module.lookups.groups.values(), self.config.train.seed, parts, touched)
 
     def run(self, start: checkpoint.ResumePoint) -> Position:
         """Train from a checkpoint, or the beginning, to the end or a stop signal; returns where it ended.

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embeddings.errors import CheckpointError
-from embeddings.ids.bucket_map import BucketMap, Sightings
+from embeddings.ids.bucket_map import Sightings
 from embeddings.ids.hashing import hashed
-from embeddings.ids.rules import IdRules, owner_of, part_of
+from embeddings.ids.rules import IdRules, owner_of
 from embeddings.ids.stage import IdStage
 from trainer.checkpoint.id_files import IdFiles, SavedMaps, frozen_ids, read_stage
 from trainer.checkpoint.plain_ids import check_ids, take_ids, write_ids
@@ -133,7 +133,7 @@ def test_a_checkpoint_with_other_rows_is_refused(
 
 
 def test_a_checkpoint_without_maps_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="it was trained without: leave ids.tag out"):
+    with pytest.raises(CheckpointError, match=r"it was trained without: leave ids.tag out"):
         read_stage(tmp_path, IdStage({"tag": RULES["tag"]}))
     assert frozen_ids(tmp_path, {}) == {} and SavedMaps.open(tmp_path).rules() == {}
 
@@ -144,7 +144,6 @@ def test_another_admission_begins_anew_and_rows_stay(tmp_path: Path) -> None:
     assert read_stage(folder, stage) == [
         "ids.item_id: admission was count exact and is count sketch 1048576 now, and begins anew"
     ]
-    expected = BucketMap(RULES["item_id"], part_of(3, 0, 1))
     read_stage(folder, whole := IdStage(RULES))
     expected = whole.maps["item_id"]
     assert stage.maps["item_id"].entries()[1].tolist() == expected.entries()[1].tolist()
@@ -155,5 +154,5 @@ def test_a_header_of_a_later_version_is_refused(tmp_path: Path) -> None:
     file = folder / "ids-00000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content.replace(b'"version": "1"', b'"version": "2"'))
-    with pytest.raises(CheckpointError, match="ids-00000.safetensors: its header .* of version 2"):
+    with pytest.raises(CheckpointError, match=r"ids-00000.safetensors: its header .* of version 2"):
         SavedMaps.open(folder)
