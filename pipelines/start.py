@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -47,6 +47,7 @@ from trainer.data.observed import unobserved_lines
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
+from trainer.loop.living import lines_of
 from trainer.loop.loop import Trainer
 from trainer.loop.phases import Phase, branches_of, check_measured, phases_for, place_of_phase
 from trainer.loop.pipeline import kind_for
@@ -63,6 +64,7 @@ from trainer.step_size import step_size
 from trainer.update.schedule import schedule_remarks
 
 Say = Callable[[str], None]
+Kind = TypeVar("Kind", bound=Trainer)
 # What a phase reads that does not say otherwise: split and domains.
 _ALL = ("train", ())
 # Tables up to this size are built where a configuration is only checked.
@@ -114,12 +116,14 @@ class Start:
         whole = self.readers[split]
         return whole.of_domains(domains, first_epoch) if domains else whole
 
-    def trainer(self, sharded: ShardedModel, say: Say) -> Trainer:
+    def trainer(self, sharded: ShardedModel, say: Say, kind: type[Kind]) -> Kind:
         """The model with everything that trains it, still with its first weights; collective."""
+        for line in lines_of(self.config, self.ranks.world_size):
+            say(line)
         plan = to_tree(sharded.plan)
         fresh = partial(_fresh_dense, self.config, self.manifest)
         supply = Supply(sharded.groups, fresh, self.reader, self.domains)
-        return Trainer(
+        return kind(
             self.config,
             sharded.model,
             self.train,
@@ -168,17 +172,28 @@ class Start:
         say("\n".join([f"weights from {path}, step {source.manifest.step:,}", *lines]))
 
 
-def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: bool = False) -> Start:
+def open_start(
+    config: Config,
+    out: Path,
+    ranks: Ranks,
+    say: Say,
+    *,
+    checking: bool = False,
+    manifest: LogManifest | None = None,
+) -> Start:
     """Read all that a run is made of, and say what of it is left aside; collective.
 
     Args:
         checking: leave no trace.
+        manifest: of what is read first, where that is a window of a stream; None: all of the log is read.
 
     Raises:
         TandemError: something of it is missing, damaged, or does not fit together.
     """
-    manifest, folder = read_manifest(config.data.log), RunFolder(out)
-    fingerprint = log_fingerprint(manifest)
+    log, folder = read_manifest(config.data.log), RunFolder(out)
+    fingerprint = log_fingerprint(log)
+    split = "train" if manifest is None else next(iter(manifest.splits))
+    manifest = manifest or log
     from_rank_0(lambda: check_writable(out))
     from_rank_0(folder.check_not_ousted)
     resume = checkpoint.find(folder.checkpoints)
@@ -198,7 +213,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     trained_tasks(tasks, config.train.objective, count_domains(config, manifest), config.train.mean)
     kind_for(config.train.pipeline, ranks.device)
     rows = id_bounds(groups, config)
-    train = open_split(config, "train", rows, ranks, seed=config.train.seed)
+    train = open_split(config, split, rows, ranks, seed=config.train.seed, manifest=manifest)
     domains = _domains(config, train)
     phases = phases_for(config, manifest, tasks, domains)
     validation = None
@@ -319,7 +334,7 @@ def _build(start: Start) -> None:
     former = start.resume.former_plan
     new = start.resume.path is None
     sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former, first_rows=new)
-    trainer = start.trainer(sharded, keep_quiet)
+    trainer = start.trainer(sharded, keep_quiet, Trainer)
     trainer.resume(start.resume)
     scratch = Path(from_rank_0(tempfile.mkdtemp))
     try:
@@ -349,6 +364,7 @@ def open_split(
     limit: int = 0,
     domains: Collection[int] = (),
     finders: Mapping[str, Finder] | None = None,
+    manifest: LogManifest | None = None,
 ) -> SequenceLogReader:
     """This rank's reader of a split; shuffled where a seed is given. Collective.
 
@@ -360,6 +376,7 @@ def open_split(
         domains: whose candidates are read; none = all. Of one reader of the whole split, `of_domains` makes
             others without checking its files again.
         finders: what knows the rows of ids that come and go.
+        manifest: see `SequenceLogReader`.
     """
     reader = SequenceLogReader(
         config.data,
@@ -374,5 +391,6 @@ def open_split(
         prepare=looking_up(finders, pinning(ranks.device)) if finders or not config.ids else None,
         limit=limit,
         own_row_groups=ranks.device.type == "cuda",
+        manifest=manifest,
     )
     return reader.of_domains(domains) if domains else reader

@@ -20,7 +20,6 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.config.places import place_of
 from trainer.log.schema import LogManifest
 from trainer.loop.attempts import ending_well
-from trainer.loop.living import lines_of
 from trainer.loop.loop import Trainer
 from trainer.loop.phases import phases_of
 from trainer.loop.position import Position
@@ -104,9 +103,7 @@ def run(
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
     if (mapped := config.plan.mapped_folder) and ranks.device.type == "cpu":
         say(f"tables and their optimizer's state lie in mapped files of {mapped}, which show no name there")
-    for line in lines_of(config, ranks.world_size):
-        say(line)
-    trainer = start.trainer(sharded, say)
+    trainer = start.trainer(sharded, say, Trainer)
     start.fill(trainer, folder.first_weights, say)
     trainer.after_step = after_step
     with ExitStack() as opened:

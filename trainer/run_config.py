@@ -18,6 +18,7 @@ from embeddings.ids.rules import IdRules, part_name
 from embeddings.optimizers import FusedOptimizer
 from trainer.config.ids import FORK_WITH_IDS, IdsConfig, against_ids, rules_of
 from trainer.config.model import CONTEXT_ROLES, OPTIONAL_ROLES, section_of
+from trainer.config.online import OnlineConfig
 from trainer.config.per_task import against_per_task
 from trainer.config.phases import PhaseConfig, UpdateRule
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
@@ -44,6 +45,7 @@ class Config(Settings):
     comms: CommsConfig = CommsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     plan: PlanConfig = PlanConfig()
+    online: OnlineConfig = OnlineConfig()
 
     @model_validator(mode="after")
     def _check_roles(self) -> Config:

@@ -196,7 +196,7 @@ class RunFolder:
 
 
 def _of_validation(line: str) -> bool:
-    return '"split": "validation"' in line
+    return '"split": "validation"' in line or '"split": "window"' in line
 
 
 class MetricsLog:

@@ -15,7 +15,7 @@ class Cursor:
     what it means. Cursors of older checkpoints lack them, and everything up to the position is planned again.
 
     Attributes:
-        window: the windows of a stream that lie behind it; 0 for a log, which is not a stream.
+        window: the windows of a stream that were trained before; 0 for a log, which is no stream.
         epoch: passes over the log, or over the window, that lie behind it.
         blocks: consumed in the present pass.
         place: the row groups of a pass are read some at a time; the number of those that it lies in.

@@ -29,7 +29,7 @@ from embeddings.lookup.before_change import (
     combined_rows,
 )
 from embeddings.lookup.touched import ShardKey, TouchedRows
-from trainer.checkpoint.delta import row_parts
+from trainer.checkpoint.delta import row_parts, rows_of_tables
 from trainer.checkpoint.fork_files import BASE, ForkFiles, Moment, copied, dense_tensors, read_moments
 from trainer.checkpoint.save_load import Beside
 from trainer.config.phases import PhaseConfig

@@ -114,16 +114,13 @@ class Trainer:
                 from_rank_0(lambda: self.folder.write_config(self.config))
             # Validations after the newest save count, or the last line of metrics.jsonl would come twice.
             # Where the best one counts, all are done again that the newest save knows nothing of.
-            sure = self.at.validated if self.course.phase.train.early_stopping.on else self.at.step
+            sure = self._measured_for_sure()
             known = from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step, sure))
             self.at.validated = max(self.at.validated, known)
             log = MetricsLog(self.folder, self.at.step)
             with self.interrupts.listening(), self.saver, log as self.log:
                 with Progress("train", self.ranks.speaks) as self.bar:
-                    while not self._finished():
-                        if self._phase_over():
-                            self._next_phase()
-                        self._epoch()
+                    self._train()
                 if not self.stopped:
                     self._validate()
                 if self.validation.kept is not None and self.course.last and self.course.done(self.at):
@@ -135,6 +132,17 @@ class Trainer:
                     self._save(last=True)
                 self.saver.settle(last=True)
         return self.at
+
+    def _measured_for_sure(self) -> int:
+        """The step up to which no validation is done again."""
+        return self.at.validated if self.course.phase.train.early_stopping.on else self.at.step
+
+    def _train(self) -> None:
+        """Train to the end, or to a stop signal."""
+        while not self._finished():
+            if self._phase_over():
+                self._next_phase()
+            self._epoch()
 
     def _epoch(self) -> None:
         """Train what is left of an epoch; after each step report, validate, save and stop where it is due."""
@@ -375,6 +383,7 @@ class Trainer:
             **self.validation.state(self.at.best),
             "config": self.config.model_dump(mode="json"),
             **self.course.averaging.state(),
+            **self._more_state(),
         }
         besides = list[checkpoint.Beside]()
         if self.course.fork is not None:
@@ -389,6 +398,10 @@ class Trainer:
         self.interrupts.restart_clock()
         # Time that no step has taken.
         self.meter.take_time()
+
+    def _more_state(self) -> dict[str, Any]:
+        """What a checkpoint of this kind of training keeps besides; called before each save."""
+        return {}
 
     def resume(self, start: checkpoint.ResumePoint) -> None:
         """Continue from a verified checkpoint, if there is one.

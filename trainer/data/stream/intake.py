@@ -25,6 +25,7 @@ class Taken:
     Attributes:
         ledger: with all that needs no training; window: what is to be trained next, None = nothing is there.
         waiting: windows there behind it; newest: unix second of the newest request of all of them.
+        again: the stream could not be read, and is to be looked at again.
         lines: what a person should know.
     """
 
@@ -32,6 +33,7 @@ class Taken:
     window: Window | None = None
     waiting: int = 0
     newest: int = 0
+    again: bool = False
     lines: list[str] = field(default_factory=list)
 
 
@@ -111,8 +113,6 @@ class Intake:
         """Look into a window, and say what becomes of it."""
         try:
             window = self._source.open(name, stamp)
-        except FileNotFoundError:
-            raise
         except DataError as error:
             if not self._skip or inside:
                 remedy = 'replace it, move it away, or set data.on_bad = "skip" to go on without it'
@@ -140,7 +140,7 @@ class Intake:
 
     def _failed(self, taken: Taken, error: OSError) -> None:
         """Say that something cannot be read, unless that was said; after a while it ends the run."""
-        now = time.monotonic()
+        now, taken.again, taken.window = time.monotonic(), True, None
         if self._failing is None:
             self._failing = now
             taken.lines.append(f"the stream cannot be read now, and is tried again: {error}")
