@@ -26,8 +26,9 @@ from trainer.assemble import build_sharded, feature_rows
 from trainer.checkpoint.save_load import ResumePoint
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import Settings, load_settings
+from trainer.data.cursor import Cursor
 from trainer.data.prefetch import Closable
-from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config, load_config

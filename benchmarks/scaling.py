@@ -30,7 +30,8 @@ from benchmarks.inputs.cells import config_with
 from benchmarks.inputs.synthetic import Draws, Shape, as_batch
 from trainer.assemble import build_sharded
 from trainer.config.toml import Settings, load_settings
-from trainer.data.reader import Cursor, Step
+from trainer.data.cursor import Cursor
+from trainer.data.reader import Step
 from trainer.loop.pipeline import Pipeline
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config

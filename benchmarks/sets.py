@@ -40,7 +40,8 @@ from embeddings.plan.planner import make_plan
 from embeddings.plan.request import PlanRequest
 from trainer.assemble import build_sharded, cluster_of, resolve_groups
 from trainer.config.toml import Settings, load_settings
-from trainer.data.reader import Cursor, Step
+from trainer.data.cursor import Cursor
+from trainer.data.reader import Step
 from trainer.log.schema import LogManifest
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config

@@ -31,7 +31,8 @@ from trainer.assemble import build_sharded, feature_rows
 from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import Settings, load_settings
 from trainer.data.batch import pinning
-from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.data.cursor import Cursor
+from trainer.data.reader import SequenceLogReader, Step
 from trainer.data.rows import UserRows
 from trainer.log.schema import read_manifest
 from trainer.loop.pipeline import Pipeline

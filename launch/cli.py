@@ -35,6 +35,7 @@ from launch.options import (
 )
 from launch.quick_imports import quick_imports
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
+from launch.stream_verbs import windows
 
 app = typer.Typer(
     name="tandemrec",
@@ -82,7 +83,8 @@ def synth(
         str,
         Option(
             help="relevance, xor, profiles, interference, decoupled, far, pair or opposite; of several tasks "
-            "or domains agree, domains, signs, funnel and helper; sparse_25, sparse_5, sparse_1 or collapse."
+            "or domains agree, domains, signs, funnel and helper; sparse_25, sparse_5, sparse_1 or collapse; "
+            "flip, whose best item changes."
         ),
     ] = "relevance",
     seed: Annotated[int, Option(min=0, help="Of every random draw.")] = 7,
@@ -286,6 +288,9 @@ def cluster(
     from trainer.log.clusters import ClusterInfo
 
     run(log, snapshot, out, ClusterInfo(chunk=chunk, cap=cap, group_by=group_by, seed=seed), overwrite)
+
+
+app.command()(windows)
 
 
 @app.command()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -41,6 +41,7 @@ from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.places import place_of
 from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import pinning
+from trainer.data.living_ids import Finder, looking_up
 from trainer.data.observed import unobserved_lines
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
@@ -55,13 +56,13 @@ from trainer.needs.run_needs import Run, TooLittleMemory, check_disk, check_memo
 from trainer.objectives.of_tasks import trained_tasks
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_config import Config
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, check_writable
 from trainer.sealed_folder import remove_folder
 from trainer.step_size import step_size
-from trainer.storage import is_remote
 from trainer.update.schedule import schedule_remarks
 
 Say = Callable[[str], None]
+Kind = TypeVar("Kind", bound=Trainer)
 # What a phase reads that does not say otherwise: split and domains.
 _ALL = ("train", ())
 # Tables up to this size are built where a configuration is only checked.
@@ -113,12 +114,12 @@ class Start:
         whole = self.readers[split]
         return whole.of_domains(domains, first_epoch) if domains else whole
 
-    def trainer(self, sharded: ShardedModel, say: Say) -> Trainer:
+    def trainer(self, sharded: ShardedModel, say: Say, kind: type[Kind]) -> Kind:
         """The model with everything that trains it, still with its first weights; collective."""
         plan = to_tree(sharded.plan)
         fresh = partial(_fresh_dense, self.config, self.manifest)
         supply = Supply(sharded.groups, fresh, self.reader, self.domains)
-        return Trainer(
+        return kind(
             self.config,
             sharded.model,
             self.train,
@@ -165,17 +166,28 @@ class Start:
         say("\n".join([f"weights from {path}, step {source.manifest.step:,}", *lines]))
 
 
-def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: bool = False) -> Start:
+def open_start(
+    config: Config,
+    out: Path,
+    ranks: Ranks,
+    say: Say,
+    *,
+    checking: bool = False,
+    manifest: LogManifest | None = None,
+) -> Start:
     """Read all that a run is made of, and say what of it is left aside; collective.
 
     Args:
         checking: leave no trace.
+        manifest: of what is read first, where that is a window of a stream; None: all of the log is read.
 
     Raises:
         TandemError: something of it is missing, damaged, or does not fit together.
     """
-    manifest, folder = read_manifest(config.data.log), RunFolder(out)
-    fingerprint = log_fingerprint(manifest)
+    log, folder = read_manifest(config.data.log), RunFolder(out)
+    fingerprint = log_fingerprint(log)
+    split = "train" if manifest is None else next(iter(manifest.splits))
+    manifest = manifest or log
     from_rank_0(lambda: check_writable(out))
     from_rank_0(folder.check_not_ousted)
     resume = checkpoint.find(folder.checkpoints)
@@ -195,7 +207,7 @@ def open_start(config: Config, out: Path, ranks: Ranks, say: Say, *, checking: b
     trained_tasks(tasks, config.train.objective, count_domains(config, manifest), config.train.mean)
     kind_for(config.train.pipeline, ranks.device)
     rows = id_bounds(groups, config)
-    train = open_split(config, "train", rows, ranks, seed=config.train.seed)
+    train = open_split(config, split, rows, ranks, seed=config.train.seed, manifest=manifest)
     domains = _domains(config, train)
     phases = phases_for(config, manifest, tasks, domains)
     validation = None
@@ -315,7 +327,7 @@ def _build(start: Start) -> None:
     former = start.resume.former_plan
     new = start.resume.path is None
     sharded = build_sharded(config, start.manifest, start.ranks, training=True, former=former, first_rows=new)
-    trainer = start.trainer(sharded, keep_quiet)
+    trainer = start.trainer(sharded, keep_quiet, Trainer)
     trainer.resume(start.resume)
     scratch = Path(from_rank_0(tempfile.mkdtemp))
     try:
@@ -324,6 +336,8 @@ def _build(start: Start) -> None:
         if start.ranks.speaks:
             remove_folder(scratch)
     step = _first(start.train)
+    if trainer.living is not None:
+        (step,) = trainer.living.looked_up([step])
     with torch.no_grad():
         sharded.model.eval()(step.batch.to(start.ranks.device))
 
@@ -334,29 +348,6 @@ def _first(reader: SequenceLogReader) -> Step:
         return next(steps)
 
 
-def check_writable(out: Path) -> None:
-    """Raises:
-    ConfigError: no run can be written there.
-    """
-    if is_remote(out):
-        # Of a start that was killed between the two, the next one takes it away.
-        probe = out / "writable.tmp"
-        try:
-            probe.write_bytes(b"?")
-            probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-        return
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {folder} cannot be written ({error.strerror})") from None
-
-
 def open_split(
     config: Config,
     split: str,
@@ -365,13 +356,20 @@ def open_split(
     seed: int | None = None,
     limit: int = 0,
     domains: Collection[int] = (),
+    finders: Mapping[str, Finder] | None = None,
+    manifest: LogManifest | None = None,
 ) -> SequenceLogReader:
     """This rank's reader of a split; shuffled where a seed is given. Collective.
+
+    Where features' ids come and go, its batches hold rows if `finders` are given. If not they hold raw ids,
+    for `trainer.loop.living`.
 
     Args:
         limit: about so many candidates are read at most; 0 = the whole split.
         domains: whose candidates are read; none = all. Of one reader of the whole split, `of_domains` makes
             others without checking its files again.
+        finders: what knows the rows of ids that come and go.
+        manifest: see `SequenceLogReader`.
     """
     reader = SequenceLogReader(
         config.data,
@@ -383,8 +381,9 @@ def open_split(
         seed=seed,
         share=sum_counts,
         together=unhurried,
-        prepare=None if config.ids else pinning(ranks.device),
+        prepare=looking_up(finders, pinning(ranks.device)) if finders or not config.ids else None,
         limit=limit,
         own_row_groups=ranks.device.type == "cuda",
+        manifest=manifest,
     )
     return reader.of_domains(domains) if domains else reader

@@ -103,7 +103,7 @@ def run(
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
     if (mapped := config.plan.mapped_folder) and ranks.device.type == "cpu":
         say(f"tables and their optimizer's state lie in mapped files of {mapped}, which show no name there")
-    trainer = start.trainer(sharded, say)
+    trainer = start.trainer(sharded, say, Trainer)
     start.fill(trainer, folder.first_weights, say)
     trainer.after_step = after_step
     with ExitStack() as opened:

@@ -23,7 +23,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("evaluate", "quality_report"),
         *("export", "export_version", "export_parity", "export_source"),
         *("score", "serve", "unshard"),
-        *("plan", "cluster", "ingest", "synth", "fetch", "doctor"),
+        *("plan", "cluster", "windows", "ingest", "synth", "fetch", "doctor"),
         *("start", "task_lines", "console"),
     ),
     "trainer": (

@@ -10,19 +10,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pydantic import Field, model_validator
-from torch import nn
 
-from embeddings.errors import ConfigError, hint_of
+from embeddings.errors import ConfigError
 from embeddings.first_rows import FirstWeights
-from embeddings.groups import EmbeddingSet, TableGroup, TableSpec
+from embeddings.groups import TableGroup, TableSpec
 from embeddings.ids.rules import IdRules, part_name
 from embeddings.optimizers import FusedOptimizer
-from trainer.config.ids import IdsConfig
+from trainer.config.ids import FORK_WITH_IDS, IdsConfig, against_ids, rules_of
 from trainer.config.model import CONTEXT_ROLES, OPTIONAL_ROLES, section_of
+from trainer.config.online import OnlineConfig
 from trainer.config.per_task import against_per_task
 from trainer.config.phases import PhaseConfig, UpdateRule
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
-from trainer.config.tables import GroupConfig, GroupName, PlanConfig, SetConfig, TableConfig
+from trainer.config.sets import sets_of
+from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig
 from trainer.config.tasks import Task, TaskConfig, TaskName
 from trainer.config.toml import Settings, Sources, load_settings, naming
 from trainer.model.settings import BranchConfig, ModelConfig
@@ -44,6 +45,7 @@ class Config(Settings):
     comms: CommsConfig = CommsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     plan: PlanConfig = PlanConfig()
+    online: OnlineConfig = OnlineConfig()
 
     @model_validator(mode="after")
     def _check_roles(self) -> Config:
@@ -68,35 +70,16 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _check_ids(self) -> Config:
-        for feature in self.ids:
-            if self.tables.get(feature, TableConfig()).rows is not None:
-                raise ValueError(
-                    f"tables.{feature}.rows: ids.{feature}.capacity says how many rows there are"
-                )
-            if feature == self.data.domain:
-                raise ValueError(
-                    f"ids.{feature}: data.domain names it, and a domain's id must stay what it is"
-                )
-            for name in self.ids[feature].groups:
-                if name not in self.groups:
-                    raise ValueError(f"ids.{feature}.groups.{name}: there is no such group")
-            for name, group in self.groups.items():
-                if "data_parallel" in group.sharding and feature in (group.features or (feature,)):
-                    raise ValueError(
-                        f'groups.{name}.sharding: "data_parallel" tables cannot give rows to new ids, and '
-                        f"ids.{feature} wants that; use another sharding"
-                    )
+        for problem in against_ids(self.ids, self.groups, self.tables, self.plan, self.data, self.train):
+            raise ValueError(problem)
+        if self.ids and any(phase.fork is not None for phase in self.phases):
+            raise ValueError(FORK_WITH_IDS)
         return self
 
     @property
     def id_rules(self) -> dict[str, IdRules]:
         """Name of a map of ids that come and go -> its rules, see `IdsConfig.rules`."""
-        seed = self.train.seed
-        return {
-            name: rules
-            for feature, each in self.ids.items()
-            for name, rules in each.rules(feature, seed).items()
-        }
+        return rules_of(self.ids, self.train.seed)
 
     def own_keys(self, group: str) -> tuple[dict[str, str], dict[str, int]]:
         """What `TableGroup.with_keys` wants: features of which the group has its own capacity."""
@@ -335,48 +318,6 @@ def _build_group(
         for feature in features
     )
     return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets))
-
-
-def sets_of(
-    name: str, group: GroupConfig, tasks: Sequence[Task], domains: int
-) -> dict[EmbeddingSet, SetConfig]:
-    """The sets of a group, and what was said of each.
-
-    Args:
-        name: of the group; tasks: of the run; domains: ids that a domain may have.
-
-    Raises:
-        ConfigError: a set's owner is no task with a tower or no domain.
-    """
-    owned = [task.name for task in tasks if task.has_tower]
-    if group.sets == 1:
-        return {EmbeddingSet(): SetConfig()}
-    if isinstance(group.sets, int):
-        return {EmbeddingSet(str(number)): SetConfig() for number in range(group.sets)}
-    if group.sets == "tasks":
-        if "shared" in owned:
-            raise ConfigError(
-                f'groups.{name}.sets = "tasks" has a set called shared, as a task is: rename the task'
-            )
-        sets = {"shared": SetConfig(), **{task: SetConfig(owner=f"task:{task}") for task in owned}}
-    else:
-        sets = group.sets
-    for key, settings in sets.items():
-        kind, _, owner = settings.owner.partition(":")
-        where = f"groups.{name}.sets.{key}.owner = {settings.owner!r}"
-        if kind == "task" and owner not in owned:
-            known = hint_of(owner, owned, f"they are {', '.join(owned)}")
-            raise ConfigError(f"{where}: no task with a tower has that name; {known}")
-        if kind == "domain" and int(owner) >= domains:
-            raise ConfigError(f"{where}: the ids of data.domain are below {domains}")
-    for key in sets:
-        # Sets name modules, and a module's attributes are taken.
-        if hasattr(nn.ModuleDict(), key):
-            raise ConfigError(
-                f"groups.{name}.sets: PyTorch keeps the name {key!r} for itself; give the set, or the task "
-                "that owns it, another name"
-            )
-    return {EmbeddingSet(key, settings.owner): settings for key, settings in sets.items()}
 
 
 def _check_model(config: Config, groups: Mapping[str, TableGroup]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.inputs.cells import Cell, config_of
 from benchmarks.inputs.synthetic import Draws, as_batch
 from trainer.data.batch import RequestBatch
-from trainer.data.reader import Cursor, Step
+from trainer.data.cursor import Cursor
+from trainer.data.reader import Step
 from trainer.data.rows import UserRows
 
 _SEED = 7
@@ -48,7 +49,7 @@ def draw_steps(cell: Cell, count: int, prepare: Prepare = None) -> Iterator[Call
     def collated(rows: UserRows, number: int) -> Step:
         batch = as_batch(rows, shape.manifest(), data, shape.requests)
         batch = batch if prepare is None else prepare(batch)
-        return Step(batch, True, Cursor(0, number + 1))
+        return Step(batch, True, Cursor(blocks=number + 1))
 
     for number in range(count):
         yield partial(collated, draws.step(), number)

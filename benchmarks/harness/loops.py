@@ -15,7 +15,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from benchmarks.harness.timing import Seconds, seconds_of
 from trainer.checkpoint.save_load import ResumePoint
 from trainer.data.batch import RequestBatch
-from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.data.cursor import Cursor
+from trainer.data.reader import SequenceLogReader, Step
 from trainer.loop.loop import Trainer
 from trainer.objectives.step_loss import StepLoss
 from trainer.ranks.process_group import Ranks

@@ -5,8 +5,8 @@ Shape legend: U users, N behaviors of a user, R requests of a user, M candidates
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -148,11 +148,15 @@ class PlantedLog:
         features: name -> rows (largest id + 1; id 0 is never used), of behaviors, candidates or both.
         taxonomy: the features that classify items, coarse to fine.
         splits: `train`, `validation`, `test`.
+        raw: the features whose ids are any 64-bit integers; these have 1 row.
+        facts: what else the manifest tells of the log.
     """
 
     features: Mapping[str, int]
     taxonomy: tuple[str, ...]
     splits: Mapping[str, PlantedSplit]
+    raw: Set[str] = frozenset()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:

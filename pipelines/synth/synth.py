@@ -49,8 +49,13 @@ def synth(
     if len(log.tasks) > 1:
         report["oracles"] = {split: entry_of(metrics)["tasks"] for split, metrics in oracles.items()}
     facts = {"kind": kind, "seed": seed, "users": count, "history_length": planted.history_length}
+    facts |= log.facts
+    features = {
+        name: FeatureInfo(rows=rows, raw=name in log.raw, side=log.side(name))
+        for name, rows in log.features.items()
+    }
     manifest = LogManifest(
-        features={name: FeatureInfo(rows=rows, side=log.side(name)) for name, rows in log.features.items()},
+        features=features,
         tasks=log.tasks,
         partial=log.partial,
         taxonomy=list(log.taxonomy),
@@ -67,6 +72,8 @@ def synth(
         _write_parquet(truth, root / TRUTH)
         (root / VOCABULARIES).mkdir()
         for name, rows in log.features.items():
+            if name in log.raw:
+                continue
             # Ids stand for themselves; `count` is how often each occurs in the histories of the train split,
             # or among its candidates where behaviors do not have the feature.
             ids, train = np.arange(rows), log.splits["train"]
@@ -95,7 +102,9 @@ def _report(kind: str, out: Path, manifest: LogManifest) -> list[str]:
             candidates = f"{oracle['samples']:,}"  # that the task was observed of
             rows.append([split, f"{info.requests:,}", candidates, task, f"{oracle['rate']:.4f}", *shown])
     facts = manifest.ingest["synth"]
-    ids = ", ".join(f"{name} {info.rows:,}" for name, info in manifest.features.items())
+    ids = ", ".join(
+        f"{name} {'raw' if info.raw else f'{info.rows:,}'}" for name, info in manifest.features.items()
+    )
     return [
         *table_lines(head, rows),
         f"planted log {kind!r}, seed {facts['seed']}, {facts['users']:,} users to train on; rows: {ids}",

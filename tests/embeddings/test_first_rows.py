@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embeddings.first_rows import FirstWeights, initial_rows_, table_seed
+from embeddings.first_rows import FirstWeights, initial_rows_, initial_rows_at_, table_seed
 
 
 @settings(max_examples=50, deadline=None)
@@ -19,6 +19,9 @@ def test_a_shard_holds_what_the_whole_table_holds(
     row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
     shard = initial_rows_(torch.empty(rows - row, columns - column), seed, first, row, column)
     assert torch.equal(shard, whole[row:, column:])
+    some = torch.tensor(sorted(data.draw(st.sets(st.integers(0, rows - row - 1)))), dtype=torch.int64)
+    again = initial_rows_at_(torch.full_like(shard, 9), some, seed, first, row, column)
+    assert torch.equal(again[some], shard[some]) and int((again == 9).all(1).sum()) == len(shard) - len(some)
 
 
 def test_values_are_uniform_and_unrelated_between_tables() -> None:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from embeddings.lookup.jagged import one_id_bags
 from trainer.config.tasks import Task, TaskConfig, resolve_tasks
 from trainer.data.batch import RequestBatch
-from trainer.data.reader import Cursor, Step
+from trainer.data.cursor import Cursor
+from trainer.data.reader import Step
 from trainer.model.frame import Prediction
 from trainer.objectives.step_loss import Losses, StepLoss
 

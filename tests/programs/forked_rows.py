@@ -1,4 +1,5 @@
-"""Script: rows kept at their first lookup, on two ranks and by every sharding, compared with whole copies.
+"""Script: rows kept at their first lookup, and rows that begin anew, on two ranks and by every sharding,
+compared with whole copies.
 
 python -m tests.programs.forked_rows OUT
 
@@ -12,13 +13,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from embeddings.first_rows import initial_rows_, table_seed
+from embeddings.ids.new_rows import NewRows
 from embeddings.lookup.before_change import RowsBeforeChange, RowsOfShards, combined, combined_rows
-from embeddings.lookup.touched import ShardKey
+from embeddings.lookup.touched import ShardKey, TouchedRows
 from tests.programs.tables_on_ranks import (
+    SEED,
     SETS,
     TYPES,
     Case,
@@ -30,6 +35,8 @@ from tests.programs.tables_on_ranks import (
 from trainer.checkpoint.delta import row_parts
 from trainer.ranks.process_group import Ranks, process_group
 
+# Of both features, in all row shards.
+NEW_ROWS = {"item": np.array([0, 3, 11, 12, 22]), "tag": np.array([1, 6])}
 Copy = dict[ShardKey, list[Tensor]]
 
 
@@ -120,6 +127,42 @@ def problems(case: Case, ranks: Ranks) -> list[str]:
     return found
 
 
+def problems_of_new_rows(case: Case, ranks: Ranks) -> list[str]:
+    """Rows of new ids against those of a new table; all others, and all marks, stay."""
+    _, model = train_sharded(case, ranks)
+    parts, touched = parts_of(model), TouchedRows(model)
+    before = copy_of(parts)
+    NewRows(case.groups.values(), SEED, parts, touched).begin(NEW_ROWS)
+    found, taken = [], touched.take()
+    tables = {
+        group.table_name(each): (group, each) for group in case.groups.values() for each in group.tables
+    }
+    for key, (weight, *states) in parts.items():
+        group, table = tables[key.table]
+        first = torch.empty(table.rows, table.dim, dtype=weight.dtype)
+        initial_rows_(first, table_seed(SEED, key.table), group.first)
+        own = [row - key.row for row in NEW_ROWS[table.feature].tolist() if 0 <= row - key.row < len(weight)]
+        columns = slice(key.column, key.column + weight.shape[1])
+        expected = [first[key.row : key.row + len(weight), columns], *(torch.zeros_like(s) for s in states)]
+        for now, old, new in zip((weight, *states), before[key], expected, strict=True):
+            if not torch.equal(now[own], new[own]):
+                found.append(f"rows of {key} are not as in a new table")
+            others = torch.ones(len(now), dtype=torch.bool)
+            others[own] = False
+            if not torch.equal(now[others], old[others]):
+                found.append(f"other rows of {key} have changed")
+        marks = np.unpackbits(taken[key].numpy(), bitorder="little").nonzero()[0].tolist()
+        if marks != own:
+            found.append(f"{marks} of {key} are marked, not {own}")
+    if all(
+        torch.equal(old, now)
+        for key, each in before.items()
+        for old, now in zip(each, parts[key], strict=True)
+    ):
+        found.append("nothing has changed")
+    return found
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     with process_group() as ranks:
@@ -127,9 +170,11 @@ def main(out: Path) -> None:
         for kind, types in TYPES.items():
             for sharding in types:
                 if sharding != "data_parallel":
-                    report[f"{kind} {sharding}"] = problems(case_of(kind, sharding, "rowwise_adagrad"), ranks)
+                    case = case_of(kind, sharding, "rowwise_adagrad")
+                    report[f"{kind} {sharding}"] = problems(case, ranks) + problems_of_new_rows(case, ranks)
         for optimizer, dtype in (("adagrad", "fp16"), ("sgd", "fp32")):
-            report[optimizer] = problems(case_of("bag", "row_wise", optimizer, dtype=dtype), ranks)
+            case = case_of("bag", "row_wise", optimizer, dtype=dtype)
+            report[optimizer] = problems(case, ranks) + problems_of_new_rows(case, ranks)
         mixed = each_table_otherwise(case_of("bag", "row_wise", "rowwise_adagrad", sets=SETS))
         report["mixed sets"] = problems(mixed, ranks)
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(report))

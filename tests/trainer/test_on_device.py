@@ -27,7 +27,8 @@ from tests.programs.preset_steps import SMALL, small_config
 from tests.trainer.test_presets import preset_log
 from trainer.config.sections import DataConfig
 from trainer.data.batch import Clusters, RequestBatch
-from trainer.data.reader import Cursor, Step
+from trainer.data.cursor import Cursor
+from trainer.data.reader import Step
 from trainer.loop.pipeline import Pipeline
 from trainer.model.union import most_kept
 from trainer.objectives.table import RANKINGS
@@ -202,12 +203,12 @@ def test_a_step_moves_as_a_whole(log: Path) -> None:
     """As TorchRec's pipelines carry it, which read the ids of a later step from it."""
     with StandIn() as device:
         _, _, batch = made(small_config("dare", log), CUDA)
-        step = Step(batch, counted=False, after=Cursor(2, 7), last=True)
+        step = Step(batch, counted=False, after=Cursor(0, 2, 7), last=True)
         device.reset()
         moved = step.pin_memory().to(CUDA, non_blocking=True)
         assert not device.waits and moved.batch.labels.device == CUDA
         assert moved.features is moved.batch.features and moved.context is moved.batch.context
-        assert (moved.counted, moved.after, moved.last) == (False, Cursor(2, 7), True)
+        assert (moved.counted, moved.after, moved.last) == (False, Cursor(0, 2, 7), True)
         assert moved.batch.sizes == batch.sizes
 
 

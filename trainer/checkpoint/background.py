@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -191,18 +192,19 @@ class Saver:
         mine = (
             sum(shard.count * (shard.row_bytes + _ID_BYTES) for shard in shards),
             sum(self._touched.rows[key] * shard.row_bytes for key, shard in zip(bits, shards, strict=True)),
-            {key.table for key in bits},
+            # A rank without rows of a table knows nothing of their optimizer's state.
+            names_of_rows(tensors, {key.table for key in bits}),
         )
         every = from_every_rank(lambda: mine)
         touched, whole = sum(each[0] for each in every), sum(each[1] for each in every)
-        tables = set[str]().union(*(each[2] for each in every))
+        names = [*dict.fromkeys(chain.from_iterable(each[2] for each in every))]
         link, new = from_rank_0(lambda: self._link(step))
         # Of a step that is there already it is not known whether its bits are ours.
         base, self._base = self._base, None
         self._follow_next = new
         if base is None or link is None or touched > _MOST * whole:
             return None
-        return Delta(link, self._links + 1, shards, names_of_rows(tensors, tables))
+        return Delta(link, self._links + 1, shards, names)
 
     def _link(self, step: int) -> tuple[Link | None, bool]:
         """What a delta would build on, and whether there is no checkpoint of this step yet."""

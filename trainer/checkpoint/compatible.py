@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from embeddings.errors import CheckpointError, ConfigError
 from embeddings.groups import TableName
 from embeddings.optimizers import ROW_OPTIMIZERS
+from trainer.config.sets import sets_of
 from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import flat_settings
 from trainer.log.schema import LogManifest
-from trainer.run_config import Config, sets_of
+from trainer.run_config import Config
 
 # Another value of these would make a position inside an epoch mean other blocks.
 _ORDER = (
@@ -34,6 +35,10 @@ _GROUP_SETTINGS_THAT_MAY_CHANGE = (".learning_rate", ".sharding", ".stochastic_r
 PlanTree = Mapping[str, Any]
 
 
+# What the manifests of earlier versions do not say of a feature.
+_NEW_OF_FEATURES = ("raw", "hashed")
+
+
 def log_fingerprint(manifest: LogManifest) -> str:
     """What a log is to a run: its features, tasks and counts, whatever bytes or folder hold it."""
     # What older logs do not say is left out where it says nothing, so that their fingerprints stay.
@@ -43,6 +48,10 @@ def log_fingerprint(manifest: LogManifest) -> str:
         **manifest.model_dump(include={"partial", "label_weights"}, exclude_defaults=True),
         "splits": splits,
     }
+    for info in (*tree["features"].values(), *tree["context"].values()):
+        for name in _NEW_OF_FEATURES:
+            if not info.get(name, True):
+                del info[name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -68,7 +77,7 @@ def check_resumable(
     for key in {**before, **now}:
         section = key.split(".")[0]
         shapes_table = section == "groups" and not key.endswith(_GROUP_SETTINGS_THAT_MAY_CHANGE)
-        if section in ("model", "tables") or shapes_table:
+        if section in ("model", "tables") or shapes_table or _shapes_map(key):
             fixed.append(key)
     if state["cursor"]["blocks"]:
         fixed += _ORDER
@@ -93,6 +102,13 @@ def check_resumable(
                 f"this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "set it back, or name another --out"
             )
+
+
+def _shapes_map(key: str) -> bool:
+    """Whether a setting decides which rows a map of ids has to give."""
+    section, _, rest = key.partition(".")
+    _, _, setting = rest.partition(".")
+    return section == "ids" and (setting in ("capacity", "shared_rows") or setting.startswith("groups."))
 
 
 def _check_lanes(state: Mapping[str, Any], config: Config, labels: Sequence[str]) -> None:
@@ -203,7 +219,8 @@ def check_same_order(path: Path, state: Mapping[str, Any], order: str, log: Path
     Raises:
         ConfigError: they do.
     """
-    if state["cursor"]["blocks"] and state["order"] != order:
+    # The windows of a stream are compared by what the checkpoint says of them.
+    if state["cursor"]["blocks"] and "stream" not in state and state["order"] != order:
         raise ConfigError(
             f"{path} stands inside an epoch, and the rows of {log} lie in other files or another order since "
             "(or other row groups are skipped), so some would be read twice and some never; give the log as "

@@ -147,7 +147,7 @@ def row_parts(tensors: Mapping[str, Any]) -> dict[ShardKey, dict[str, LocalShard
 
 
 def names_of_rows(tensors: Mapping[str, Any], tables: set[str]) -> list[str]:
-    """The names in a checkpoint of all tensors that hold rows of some tables."""
+    """The names in a checkpoint of all tensors that hold rows of some tables, if this rank has such rows."""
     return [name for table, parts in _tensors_of_rows(tensors) if table in tables for name in parts]
 
 

@@ -95,7 +95,9 @@ class IdFiles:
         sizes = {name: len(tensor) for name, tensor in tensors.items()}
         with TensorStream(file, layout, sizes, notes=notes) as stream:
             for name, tensor in tensors.items():
-                stream.append(name, tensor)
+                # A rank may look after no bucket.
+                if len(tensor):
+                    stream.append(name, tensor)
         sync(file)
         return {file.name: stream.entry}
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
+from embeddings.groups import TableName
 from embeddings.ids.admission.table import ADMISSIONS
 from embeddings.ids.eviction.table import EVICTIONS
 from embeddings.ids.rules import IdRules, part_name
-from trainer.config.tables import GroupName
+from trainer.config.sections import DataConfig, TrainConfig
+from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig
 from trainer.config.toml import Settings
 
 _DAY = 86_400
+# The most rows for each cell of a sketch, so that each bucket has some sixteen cells.
+_ROWS_A_CELL = 4
 
 
 def _known(kinds: dict[str, type], what: str) -> AfterValidator:
@@ -51,9 +56,10 @@ class IdsConfig(Settings):
     """The number of sightings that an id needs for `admission = "count"`."""
     counter: Literal["exact", "sketch"] = "exact"
     """How these are counted. `exact` keeps every id that waits. `sketch` keeps `sketch_cells` numbers
-    whatever the number of ids; it never counts too few, and now and then too many (see docs/online.md)."""
+    whatever the number of ids: it forgets ids that were seen long ago, and lets a few ids in too early (see
+    docs/online.md)."""
     sketch_cells: int = Field(1 << 20, ge=64)
-    """The number of counters of a sketch. Each takes 8 bytes."""
+    """The number of counters of a sketch, at least a fourth of `capacity`. Each takes 8 bytes."""
     admit_chance: float = Field(0.1, gt=0, le=1)
     """The probability of `admission = "chance"`."""
     counts: Literal["all", "candidates"] = "all"
@@ -81,6 +87,12 @@ class IdsConfig(Settings):
             raise ValueError("protected_rows is larger than capacity")
         if self.protected_rows and not self.ttl_days:
             raise ValueError("protected_rows protects from ttl_days, which is 0; set it, or leave this out")
+        cells = -(-self.capacity // _ROWS_A_CELL)
+        if self.admission == "count" and self.counter == "sketch" and self.sketch_cells < cells:
+            raise ValueError(
+                f"sketch_cells = {self.sketch_cells} are too few for capacity = {self.capacity}: they would "
+                f"let nearly every id in; use {cells} or more"
+            )
         least = IdRules(self.capacity).buckets
         for group, capacity in self.groups.items():
             if not least <= capacity <= self.capacity:
@@ -97,3 +109,53 @@ class IdsConfig(Settings):
         whole = IdRules(**given, half_life=max(1, half_life), ttl=ttl, seed=seed)
         parts = {part_name(feature, name): whole.part(feature, rows) for name, rows in self.groups.items()}
         return {feature: whole, **parts}
+
+
+FORK_WITH_IDS = (
+    "phases.*.fork: branches begin at the same rows, and with ids.* each would give them to other ids; leave "
+    "one of the two out"
+)
+
+
+def rules_of(ids: Mapping[str, IdsConfig], seed: int) -> dict[str, IdRules]:
+    """Name of a map -> its rules, of all features; see `IdsConfig.rules`."""
+    return {name: rules for key, each in ids.items() for name, rules in each.rules(key, seed).items()}
+
+
+def against_ids(
+    ids: Mapping[str, IdsConfig],
+    groups: Mapping[str, GroupConfig],
+    tables: Mapping[str, TableConfig],
+    plan: PlanConfig,
+    data: DataConfig,
+    train: TrainConfig,
+) -> Iterator[str]:
+    """What features whose ids come and go cannot be had with, and what to do about it."""
+    if ids and train.pipeline == "prefetch":
+        yield (
+            'train.pipeline = "prefetch" fills caches before rows of new ids begin anew (ids.*); use '
+            '"sparse_dist" or "auto"'
+        )
+    for feature, settings in ids.items():
+        if tables.get(feature, TableConfig()).rows is not None:
+            yield f"tables.{feature}.rows: ids.{feature}.capacity says how many rows there are"
+        if feature == data.domain:
+            yield f"ids.{feature}: data.domain names it, and a domain's id must stay what it is"
+        for name in settings.groups:
+            if name not in groups:
+                yield f"ids.{feature}.groups.{name}: there is no such group"
+        for name, group in groups.items():
+            if "data_parallel" in group.sharding and feature in (group.features or (feature,)):
+                yield _no_new_rows(f'groups.{name}.sharding: "data_parallel" tables', feature)
+        for table, rule in plan.tables.items():
+            known = TableName.of(table)
+            if known is None or known.feature != feature:
+                continue
+            if "data_parallel" in rule.sharding:
+                yield _no_new_rows(f'plan.tables.{table}.sharding: "data_parallel" tables', feature)
+            if "fused_uvm_caching" in rule.kernels:
+                yield _no_new_rows(f'plan.tables.{table}.kernels: tables of "fused_uvm_caching"', feature)
+
+
+def _no_new_rows(what: str, feature: str) -> str:
+    return f"{what} cannot give rows to new ids, and ids.{feature} wants that; use another one"

@@ -81,7 +81,7 @@ class LazyRows:
 
 
 # How many ranks decode a row group follows from how many blocks of a step a rank has on average, and from how
-# many row groups of a window. With one rank each, chance gives the fullest of 64 ranks 1.4 to 2.9 times the
+# many row groups of a place. With one rank each, chance gives the fullest of 64 ranks 1.4 to 2.9 times the
 # mean; with a choice for each block 1.1 at most. Measured with histories of 1 to 20,000 behaviors
 # (benchmarks/ranks.py).
 _CHOICE, _GROUPS = 32, 3
@@ -241,7 +241,7 @@ def _deal_among(
 
 
 def decoders_of(costs: Sequence[int], world_size: int, each: int) -> list[tuple[int, ...]]:
-    """The ranks that decode each row group of a window: one to which it is dealt by cost, and others.
+    """The ranks that decode each row group of a place: one to which it is dealt by cost, and others.
 
     Args:
         each: how many ranks for a row group.
@@ -256,7 +256,7 @@ def decoders_of(costs: Sequence[int], world_size: int, each: int) -> list[tuple[
 
 
 def decoders_needed(blocks: Sequence[Block], config: DataConfig, world_size: int) -> int:
-    """How many ranks should decode each row group, so that steps of a window's blocks are even; 0: all."""
+    """How many ranks should decode each row group, so that steps of a place's blocks are even; 0: all."""
     if not blocks:
         return 0
     steps = sum(block.candidates for block in blocks) / config.batch_candidates

@@ -1,10 +1,11 @@
 """From a sequence log to steps: the same global order of blocks on every rank, whatever the world size.
 
-Row groups are shuffled by (seed, epoch), blocks within windows of row groups; the stream of blocks is cut
-into steps by cost, and each step's blocks are dealt to the ranks. The plan needs lengths only, so every rank
-computes the same one: all end an epoch together, no block is dropped or read twice, and a position is one
-number (blocks consumed in this epoch) that means the same at another world size or number of workers. What
-came before it need not be planned again, since a cursor says in which window of row groups it lies.
+Row groups are shuffled by (seed, epoch) and read some at a time, which is a place; blocks are shuffled
+within places. The stream of blocks is cut into steps by cost, and each step's blocks are dealt to the
+ranks. The plan needs lengths only, so every rank computes the same one: all end an epoch together, no
+block is dropped or read twice, and a position is one number (blocks consumed in this epoch) that means
+the same at another world size or number of workers. What came before it need not be planned again, since
+a cursor says in which place it lies.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from trainer.data.blocks import (
     with_windows,
 )
 from trainer.data.collate import collate
+from trainer.data.cursor import Cursor
 from trainer.data.domain_filter import DomainFilter, candidates_by_domain
 from trainer.data.files import RowGroup, check_files, find_bad, without_bad
 from trainer.data.prefetch import Closable, Prefetcher
@@ -49,25 +51,6 @@ from trainer.data.sample import Sample
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.storage import is_remote
 from trainer.storage.objects import in_parallel
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """A position in the data: blocks of epoch `epoch` consumed by all ranks together.
-
-    The other attributes say where to find it without a plan of what came before; they are no part of what it
-    means. Cursors of older checkpoints lack them, and everything up to the position is planned again.
-
-    Attributes:
-        window: the window of row groups that it lies in; before: the blocks of all windows before that one.
-        plan: `SequenceLogReader.plan` of the reader that made it; another one may cut other blocks.
-    """
-
-    epoch: int = 0
-    blocks: int = 0
-    window: int = field(default=0, compare=False)
-    before: int = field(default=0, compare=False)
-    plan: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -196,7 +179,7 @@ class SequenceLogReader:
         self.sample = Sample.of(self.candidates, len(every), self._limit)
         self.expected = self.candidates if self.sample is None else self._limit
         self.row_groups = every if self.sample is None else self.sample.places(every)
-        # Digest of all that decides which blocks each window of row groups holds, and in what order.
+        # Digest of all that decides which blocks each place holds, and in what order.
         cut = [
             config.history_length,
             config.requests_per_block,
@@ -245,7 +228,7 @@ class SequenceLogReader:
         chosen._take()
         return chosen
 
-    def steps(self, cursor: Cursor = Cursor()) -> Closable[Step]:
+    def steps(self, cursor: Cursor = Cursor()) -> Closable[Step]:  # noqa: B008 - frozen
         """The steps of one epoch from `cursor` on, prepared ahead by threads as the config says."""
         steps = self._steps(cursor)
         return Prefetcher(steps, self.config.prefetch) if self.config.prefetch else steps
@@ -279,23 +262,23 @@ class SequenceLogReader:
     ) -> Iterator[tuple[list[Block], Cursor, bool]]:
         """Cut the stream of blocks into steps of all ranks: blocks, cursor after them, the last ones."""
         pending: list[Block] = []
-        candidates, behaviors, consumed, window = 0, 0, cursor.blocks, cursor
+        candidates, behaviors, consumed, place = 0, 0, cursor.blocks, cursor
         most = self.config.batch_behaviors
-        for window, block in self._blocks(cursor, pool):
+        for place, block in self._blocks(cursor, pool):
             full = candidates >= self.config.batch_candidates or (most and behaviors + block.behaviors > most)
             if pending and full:
-                yield pending, replace(window, blocks=consumed), False
+                yield pending, replace(place, blocks=consumed), False
                 pending, candidates, behaviors = [], 0, 0
             pending.append(block)
             consumed += 1
             candidates, behaviors = candidates + block.candidates, behaviors + block.behaviors
         if pending:
-            yield pending, replace(window, blocks=consumed), True
+            yield pending, replace(place, blocks=consumed), True
 
     def _blocks(self, cursor: Cursor, pool: Executor | None) -> Iterator[tuple[Cursor, Block]]:
-        """Blocks from the cursor on, in order, each with the position where its window of row groups begins.
+        """Blocks from the cursor on, in order, each with the position where its place begins.
 
-        The next window is decoded while this one is consumed.
+        The next place is decoded while this one is consumed.
         """
         ready: list[Block] = []
         size, places = self.config.shuffle_row_groups, self.row_groups
@@ -303,7 +286,7 @@ class SequenceLogReader:
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(places))
             places = [places[i] for i in order]
-        first, consumed = (cursor.window, cursor.before) if cursor.plan == self.plan else (0, 0)
+        first, consumed = (cursor.place, cursor.before) if cursor.plan == self.plan else (0, 0)
         at = cursor
         for number in range(first, -(-len(places) // size)):
             blocks, decoders = self._open(places[number * size : (number + 1) * size], epoch, number)
@@ -315,14 +298,14 @@ class SequenceLogReader:
                 for decoder in decoders:
                     decoder.start(pool)
             yield from zip(repeat(at), ready)
-            at = Cursor(cursor.epoch, before, number, before, self.plan)
+            at = Cursor(cursor.window, cursor.epoch, before, number, before, self.plan)
             ready = blocks[skipped:]
-            # Drop these references now, or the window stays in memory one window longer.
+            # Drop these references now, or the place stays in memory one place longer.
             del blocks, decoders
         yield from zip(repeat(at), ready)
 
     def _open(self, places: list[RowGroup], epoch: int, number: int) -> tuple[list[Block], list[LazyRows]]:
-        """Blocks of a window in this epoch's order, and decoders of the row groups that this rank needs."""
+        """Blocks of a place in this epoch's order, and decoders of the row groups that this rank needs."""
         # Small requests, of which a store answers many in the time of one.
         look = in_parallel if is_remote(self.config.log) else map
         files = list(dict.fromkeys(place.file for place in places))
@@ -357,7 +340,7 @@ class SequenceLogReader:
         return plan if self.sample is None else self.sample.of_plan(plan)
 
     def _decoders(self, blocks: Sequence[Block]) -> int:
-        """How many ranks decode each row group of a window that has these blocks; 0: all."""
+        """How many ranks decode each row group of a place that has these blocks; 0: all."""
         sharding = self.config.sharding
         # In stored order a step's blocks lie in one or two row groups: their owners would do all the work.
         apart = self._own_row_groups and self.seed is not None

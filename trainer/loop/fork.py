@@ -33,7 +33,7 @@ from trainer.checkpoint.delta import row_parts
 from trainer.checkpoint.fork_files import BASE, ForkFiles, Moment, copied, dense_tensors, read_moments
 from trainer.checkpoint.save_load import Beside
 from trainer.config.phases import PhaseConfig
-from trainer.data.reader import Cursor
+from trainer.data.cursor import Cursor
 from trainer.loop.early_stopping import LOWER_IS_BETTER
 from trainer.loop.phases import Phase, branches_of
 from trainer.loop.position import Position
@@ -80,7 +80,7 @@ class Round:
     @staticmethod
     def of_state(state: Mapping[str, Any]) -> Round:
         """Of a checkpoint."""
-        cursors = [Cursor(**cursor) for cursor in state["cursors"]]
+        cursors = [Cursor.of_state(cursor) for cursor in state["cursors"]]
         history = [(int(step), dict(shares)) for step, shares in state["history"]]
         return Round(**{**state, "cursors": cursors, "history": history})
 
@@ -175,7 +175,7 @@ class Fork:
         """Enter the phase, with the weights as they are."""
         for branch in self.branches:
             other = branch.reads != self.phase.reads and at.cursor.blocks
-            self.round.cursors.append(Cursor(at.cursor.epoch + 1) if other else at.cursor)
+            self.round.cursors.append(at.cursor.next_pass() if other else at.cursor)
         at.cursor = self.round.cursors[0]
         self._fork(at)
 
@@ -205,7 +205,7 @@ class Fork:
             DataError: the validation split cannot tell how to merge.
         """
         now = self.round
-        now.cursors[now.present] = Cursor(at.cursor.epoch + 1) if last else at.cursor
+        now.cursors[now.present] = at.cursor.next_pass() if last else at.cursor
         if now.place == 0:
             now.steps, now.first_candidates = at.step - now.step, at.candidates - now.candidates
         rows = self._keeper.changed() if self._whole else {}

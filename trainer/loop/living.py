@@ -72,16 +72,18 @@ class LivingIds:
         stage = IdStage(config.id_rules, ranks.rank, ranks.world_size, group)
         return LivingIds(stage, ahead, pinning(ranks.device))
 
-    def steps(self, steps: Iterable[Step]) -> Generator[Step, None, None]:
+    @contextmanager
+    def steps(self, steps: Iterable[Step]) -> Iterator[Iterator[Step]]:
         """The same steps with rows in the place of ids; maps change with each. Collective, in their order.
 
-        Closing it takes back what the steps changed that were not trained.
+        At the end of the block, what those steps have changed that are not trained is taken back.
         """
         try:
-            for step in steps:
-                yield self._looked_up(step) if self.frozen else self._taken(step)
+            yield (self._looked_up(step) if self.frozen else self._taken(step) for step in steps)
         finally:
-            self._take_back()
+            # Where nothing is read ahead, a step that is not trained has failed, and the run with it.
+            while self._untrained and self._ahead:
+                self._untrained.pop().taken.swap()
 
     def trained(self) -> None:
         """The oldest step that was read is trained by now."""
@@ -162,7 +164,3 @@ class LivingIds:
 
     def _prepared(self, batch: RequestBatch) -> RequestBatch:
         return batch if self._prepare is None else self._prepare(batch)
-
-    def _take_back(self) -> None:
-        while self._untrained:
-            self._untrained.pop().taken.swap()

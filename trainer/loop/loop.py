@@ -21,7 +21,7 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
 from trainer.checkpoint.compatible import check_reshardable, check_same_order
 from trainer.checkpoint.delta import row_parts
-from trainer.data.reader import Cursor, SequenceLogReader
+from trainer.data.reader import SequenceLogReader
 from trainer.loop.course import Course
 from trainer.loop.early_stopping import Best
 from trainer.loop.fork import Fork, go_on
@@ -121,16 +121,13 @@ class Trainer:
                 from_rank_0(lambda: self.folder.write_config(self.config))
             # Validations after the newest save count, or the last line of metrics.jsonl would come twice.
             # Where the best one counts, all are done again that the newest save knows nothing of.
-            sure = self.at.validated if self.course.phase.train.early_stopping.on else self.at.step
+            sure = self._measured_for_sure()
             known = from_rank_0(lambda: self.folder.drop_metrics_after(self.at.step, sure))
             self.at.validated = max(self.at.validated, known)
             log = MetricsLog(self.folder, self.at.step)
             with self.interrupts.listening(), self.saver, log as self.log:
                 with Progress("train", self.ranks.speaks) as self.bar:
-                    while not self._finished():
-                        if self._phase_over():
-                            self._next_phase()
-                        self._epoch()
+                    self._train()
                 if not self.stopped:
                     self._validate()
                 if self.validation.kept is not None and self.course.last and self.course.done(self.at):
@@ -142,6 +139,17 @@ class Trainer:
                     self._save(last=True)
                 self.saver.settle(last=True)
         return self.at
+
+    def _measured_for_sure(self) -> int:
+        """The step up to which no validation is done again."""
+        return self.at.validated if self.course.phase.train.early_stopping.on else self.at.step
+
+    def _train(self) -> None:
+        """Train to the end, or to a stop signal."""
+        while not self._finished():
+            if self._phase_over():
+                self._next_phase()
+            self._epoch()
 
     def _epoch(self) -> None:
         """Train what is left of an epoch; after each step report, validate, save and stop where it is due."""
@@ -158,7 +166,7 @@ class Trainer:
             stretches = chain([every - self.at.steps_done % every], repeat(every))
         with (
             closing(self.course.reader.steps(self.at.cursor)) as read,
-            nullcontext(read) if self.living is None else closing(self.living.steps(read)) as steps,
+            nullcontext(read) if self.living is None else self.living.steps(read) as steps,
             # A pipeline reads ahead, but not beyond the last step.
             closing(self.course.pipeline.train(islice(steps, left), stretches)) as trained,
         ):
@@ -186,7 +194,7 @@ class Trainer:
         if over and fork is not None:
             self._turn(fork, step.last)
         elif passed or not self._stops_here():
-            self.at.cursor = Cursor(self.at.cursor.epoch + 1)
+            self.at.cursor = self.at.cursor.next_pass()
 
     def _turn(self, fork: Fork, last: bool) -> None:
         """End a branch, and merge all after the last one; see `Fork.turn`."""
@@ -382,6 +390,7 @@ class Trainer:
             **self.validation.state(self.at.best),
             "config": self.config.model_dump(mode="json"),
             **self.course.averaging.state(),
+            **self._more_state(),
         }
         besides = list[checkpoint.Beside]()
         if self.course.fork is not None:
@@ -396,6 +405,10 @@ class Trainer:
         self.interrupts.restart_clock()
         # Time that no step has taken.
         self.meter.take_time()
+
+    def _more_state(self) -> dict[str, Any]:
+        """What a checkpoint of this kind of training keeps besides; called before each save."""
+        return {}
 
     def resume(self, start: checkpoint.ResumePoint) -> None:
         """Continue from a verified checkpoint, if there is one.

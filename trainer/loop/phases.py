@@ -17,7 +17,8 @@ from embeddings.errors import ConfigError
 from trainer.config.phases import TABLES, PhaseConfig
 from trainer.config.sections import EarlyStoppingConfig, TrainConfig
 from trainer.config.tasks import Task
-from trainer.data.reader import Cursor, SequenceLogReader
+from trainer.data.cursor import Cursor
+from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest
 from trainer.loop.early_stopping import check_watched
 from trainer.run_config import Config
@@ -85,7 +86,7 @@ class Phase:
         unfinished = bool(cursor.blocks)
         if not unfinished or (self.settings.passes is None and self.reads == before.reads):
             return cursor
-        return Cursor(cursor.epoch + 1)
+        return cursor.next_pass()
 
 
 def branches_of(phase: Phase) -> tuple[Phase, ...]:

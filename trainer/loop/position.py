@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.data.reader import Cursor
+from trainer.data.cursor import Cursor
 from trainer.loop.early_stopping import Best
 from trainer.loop.phases import Phase
 from trainer.update.schedule import progress_of
@@ -56,7 +56,7 @@ class Position:
         """Of a checkpoint; older ones know of no phases."""
         return Position(
             step=state["step"],
-            cursor=Cursor(**state["cursor"]),
+            cursor=Cursor.of_state(state["cursor"]),
             candidates=state["candidates"],
             wall_s=state["wall_s"],
             cpu_s=state["cpu_s"] / world_size,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from trainer.loop.position import Position
 from trainer.loop.stage import Stage
 from trainer.quality.domains import SplitMetrics
 from trainer.quality.evaluate import scored_split, shared_metrics
+from trainer.quality.scored import Scores
 from trainer.ranks.process_group import Ranks
 from trainer.update.kept import KeptWeights
 
@@ -131,17 +132,22 @@ class Validation:
     def measure(self, pipeline: Pipeline) -> SplitMetrics:
         """Score the split with the weights as they are; collective."""
         assert self.reader is not None
-        given = self._model, self.reader, self._ranks.device, self._folder
+        with self.scored(self.reader, pipeline) as scores:
+            return shared_metrics(scores, self.reader)
+
+    @contextmanager
+    def scored(self, reader: SequenceLogReader, pipeline: Pipeline) -> Iterator[Scores]:
+        """Scores of what a reader reads, with the weights and maps as they are; collective, see
+        `scored_split`."""
+        given = self._model, reader, self._ranks.device, self._folder
         with ExitStack() as opened:
             opened.enter_context(pipeline.paused())
             if self._living is None:
-                scores = opened.enter_context(scored_split(*given))
+                yield opened.enter_context(scored_split(*given))
             else:
                 opened.enter_context(self._living.as_trained())
-                scores = opened.enter_context(scored_split(*given, self._living.looked_up))
-            metrics = shared_metrics(scores, self.reader)
+                yield opened.enter_context(scored_split(*given, self._living.looked_up))
         self._stage.settle_mode()
-        return metrics
 
     @property
     def sample(self) -> dict[str, Any] | None:

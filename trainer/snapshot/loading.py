@@ -16,6 +16,7 @@ from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import StoredTable
 from trainer.assemble import build_model, count_numbers
+from trainer.config.sets import sets_of
 from trainer.config.tasks import Task, named_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import unpack
@@ -23,7 +24,6 @@ from trainer.data.living_ids import looked_up
 from trainer.log.schema import ANY_ID, FeatureInfo
 from trainer.model.frame import Prediction, TwoStageModel
 from trainer.model.windows import Selection
-from trainer.run_config import sets_of
 from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot.chain import read_chain
 from trainer.snapshot.checking import check_files

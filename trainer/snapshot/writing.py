@@ -176,7 +176,7 @@ class Draft:
                 shared_rows=rules.shared_rows,
                 live=now.ids.size,
                 raw=info.raw,
-                hashed=bool(getattr(info, "hashed", False)),
+                hashed=info.hashed,
             )
             base = self.base.id_map(name) if self.base is not None and self._has_like(name, rules) else None
             found[name], file = write_ids(self.folder, ids_path(place), now, described, base)

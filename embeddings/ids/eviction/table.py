@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from embeddings.ids.eviction.eviction import Eviction
+from embeddings.ids.eviction.lfu import LeastFrequent
+from embeddings.ids.eviction.lfu_decay import DecayingFrequency
 from embeddings.ids.eviction.lru import LeastRecent
 from embeddings.ids.eviction.never import Never
 
-EVICTIONS: dict[str, type[Eviction]] = {"lru": LeastRecent, "never": Never}
+EVICTIONS: dict[str, type[Eviction]] = {
+    "lru": LeastRecent,
+    "lfu": LeastFrequent,
+    "lfu_decay": DecayingFrequency,
+    "never": Never,
+}

@@ -44,6 +44,7 @@ USERS = {
     "sparse_5": 150,
     "sparse_1": 300,
     "collapse": 150,
+    "flip": 150,
 }
 # Where the oracle of a draw of this size may lie: the value of a large draw, give or take three deviations.
 ORACLE = {
@@ -64,6 +65,7 @@ ORACLE = {
     "sparse_5": (0.81, 0.96),
     "sparse_1": (0.78, 0.99),
     "collapse": (0.84, 0.94),
+    "flip": (0.71, 0.85),
 }
 # Of what the kinds of one task were when others came: a seed must go on giving the same log.
 DIGESTS = {

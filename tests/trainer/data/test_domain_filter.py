@@ -17,7 +17,8 @@ from embeddings.errors import ConfigError
 from tests.helpers.logs import CONTEXT, IN_PART, RICH, Row, enrich, observed_in_part, random_rows, write_log
 from tests.trainer.data.test_reader import config
 from trainer.data.batch import RequestBatch
-from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.data.cursor import Cursor
+from trainer.data.reader import SequenceLogReader, Step
 
 # A domain of candidates, and one of requests.
 DOMAINS = {"band": RICH["band"].rows, "city": CONTEXT["city"].rows}
@@ -140,7 +141,7 @@ def test_passes_before_a_domains_own_do_not_change_its_order(tmp_path: Path) -> 
     every = reader(log, domain="band")
 
     def batches(first_epoch: int, epoch: int) -> list[Any]:
-        steps = every.of_domains([0, 1], first_epoch).steps(Cursor(first_epoch + epoch))
+        steps = every.of_domains([0, 1], first_epoch).steps(Cursor(epoch=first_epoch + epoch))
         return [parts(step.batch) for step in steps]
 
     assert batches(0, 1) == batches(4, 1) != batches(4, 0)

@@ -19,7 +19,8 @@ from embeddings.errors import DataError
 from tests.helpers.logs import CONTEXT, FEATURES, RICH, Row, Shape, enrich, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.data.batch import RequestBatch
-from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.data.cursor import Cursor
+from trainer.data.reader import SequenceLogReader, Step
 from trainer.data.row_group import read_footer
 from trainer.data.rows import PlanRows, UserRows, read_plan, read_rows
 from trainer.log.schema import read_manifest
@@ -296,10 +297,10 @@ def test_a_cursor_of_an_older_checkpoint_or_another_plan_is_found_by_planning(
     whole = global_steps(log, 1)
     after = [step.after for step in reader(log).steps()][-2]
     planned = watch_planning(monkeypatch)
-    assert global_steps(log, 1, Cursor(**{"epoch": 0, "blocks": after.blocks})) == whole[-1:]
+    assert global_steps(log, 1, Cursor.of_state({"epoch": 0, "blocks": after.blocks})) == whole[-1:]
     assert len(planned) == 12
     # Another seed cuts the same blocks into other windows, in which this one means nothing.
-    old = Cursor(after.epoch, after.blocks)
+    old = Cursor(0, after.epoch, after.blocks)
     assert global_steps(log, 1, after, seed=6) == global_steps(log, 1, old, seed=6)
     assert len(planned) == 3 * 12
 
@@ -330,17 +331,17 @@ def test_a_resumed_epoch_is_the_rest_of_an_uninterrupted_one(
     log = write_log(tmp_path_factory.mktemp("log") / "log", {"train": rows}, layout=(1, 4))
     same = {"shuffle_row_groups": window, "order": order, "workers": seed % 2}
     changes = {"sharding": shardings[0], **same}
-    whole = global_steps(log, before, Cursor(epoch), **changes)
-    cursors = [step.after for step in reader(log, 0, before, **changes).steps(Cursor(epoch))]
+    whole = global_steps(log, before, Cursor(epoch=epoch), **changes)
+    cursors = [step.after for step in reader(log, 0, before, **changes).steps(Cursor(epoch=epoch))]
     stop = data.draw(st.integers(1, len(whole)))
     # As a checkpoint keeps it.
-    cursor = Cursor(**json.loads(json.dumps(asdict(cursors[stop - 1]))))
+    cursor = Cursor.of_state(json.loads(json.dumps(asdict(cursors[stop - 1]))))
     with pytest.MonkeyPatch.context() as patch:
         planned = watch_planning(patch)
         rest = global_steps(log, after, cursor, **{**same, "sharding": shardings[1]})
     assert whole[:stop] + rest == whole
-    assert len(planned) == after * (12 - cursor.window * window)
-    without = Cursor(cursor.epoch, cursor.blocks)
+    assert len(planned) == after * (12 - cursor.place * window)
+    without = Cursor(0, cursor.epoch, cursor.blocks)
     assert global_steps(log, after, without, **{**same, "sharding": shardings[1]}) == rest
 
 

@@ -31,7 +31,8 @@ from tests.helpers.launching import ROOT, SERVER, SETTINGS, losses, start_server
 from tests.helpers.logs import Shape, random_rows, small_log, write_log
 from tests.trainer.test_ranks import parameters
 from trainer.config.sections import DataConfig
-from trainer.data.reader import Cursor, SequenceLogReader
+from trainer.data.cursor import Cursor
+from trainer.data.reader import SequenceLogReader
 
 SEED, EPOCHS, LIMIT_S = 9, 2, 120.0
 
@@ -71,7 +72,7 @@ def consume(job: Job) -> None:
     number = 0
     with (job.folder / f"deliveries-{job.rank}").open("w", encoding="utf-8") as notes:
         for epoch in range(job.start.epoch, EPOCHS):
-            for step in reader.steps(job.start if epoch == job.start.epoch else Cursor(epoch)):
+            for step in reader.steps(job.start if epoch == job.start.epoch else Cursor(epoch=epoch)):
                 number += 1
                 if step.after == job.hold:
                     time.sleep(2 * LIMIT_S)
@@ -95,7 +96,7 @@ def saved(folder: Path, rank: int, start: Cursor) -> tuple[int, Cursor]:
     if not path.exists():
         return 0, start
     number, epoch, blocks = json.loads(path.read_text(encoding="utf-8"))
-    return number, Cursor(epoch, blocks)
+    return number, Cursor(0, epoch, blocks)
 
 
 def order(cursor: Cursor) -> tuple[int, int]:
@@ -208,7 +209,7 @@ def test_kill_and_resume_deliver_every_request_of_an_epoch_once(
     """`epochs` says in which epoch each reading is killed; the next one has the next number of ranks."""
     rng = np.random.default_rng([*sizes, *epochs])
     whole = SequenceLogReader(config(log), "train", None, seed=SEED)
-    ends = [[step.after for step in whole.steps(Cursor(epoch))] for epoch in range(EPOCHS)]
+    ends = [[step.after for step in whole.steps(Cursor(epoch=epoch))] for epoch in range(EPOCHS)]
     found: Counter[tuple[int, Key]] = Counter()
     cursor = Cursor()
     for number, world_size in enumerate(sizes):

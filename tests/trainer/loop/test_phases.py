@@ -23,7 +23,7 @@ from trainer.checkpoint import save_load
 from trainer.checkpoint.files import checkpoints, read_state
 from trainer.checkpoint.tensors import TensorReader
 from trainer.config.phases import PhaseConfig
-from trainer.data.reader import Cursor
+from trainer.data.cursor import Cursor
 from trainer.loop.phases import phases_of
 from trainer.loop.position import Position
 from trainer.ranks.process_group import process_group
@@ -247,7 +247,7 @@ def test_a_phase_begins_where_its_data_allow() -> None:
     """A phase of steps goes on in the pass of the one before; one of passes, or of other data, not."""
     settings = [{"steps": 3}, {"steps": 3}, {"passes": 1}, {"steps": 1, "split": "validation"}]
     phases = phases_of(Config.model_validate({"phases": settings}))
-    inside, between = Cursor(2, 5), Cursor(3)
+    inside, between = Cursor(0, 2, 5), Cursor(0, 3)
     assert phases[1].first_cursor(phases[0], inside) == inside
     assert phases[2].first_cursor(phases[1], inside) == phases[3].first_cursor(phases[2], inside) == between
     assert phases[2].first_cursor(phases[1], between) == between

@@ -32,7 +32,8 @@ from tests.programs.late_cases import BAD
 from tests.programs.step_cases import nan_weight
 from tests.trainer.update.test_step import Fake
 from trainer.config.sections import TrainConfig
-from trainer.data.reader import Cursor, SequenceLogReader, Step
+from trainer.data.cursor import Cursor
+from trainer.data.reader import SequenceLogReader, Step
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import load_config
 from trainer.update.guard import Gradients, Guard

@@ -15,8 +15,9 @@ from embeddings.errors import ConfigError
 from tests.helpers.launching import SETTINGS, overrides, tandemrec
 from tests.helpers.logs import small_log
 from trainer.config.sections import TrainConfig
+from trainer.data.cursor import Cursor
 from trainer.data.files import RowGroup
-from trainer.data.reader import Cursor, Step
+from trainer.data.reader import Step
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import load_config
 from trainer.update.guard import Gradients, Guard, _listed, dense_norm
