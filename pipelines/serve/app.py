@@ -198,6 +198,8 @@ def _health(service: Service) -> HealthBody:
         history_length=scorer.data.history_length,
         histories=len(histories or ()),
         raw=sorted(scorer.vocabularies),
+        living=sorted(name for name in scorer.needs.living if "@" not in name),
+        hashed=sorted(name for name in scorer.needs.hashed if "@" not in name),
         users=users,
         uptime_seconds=time.monotonic() - service.started,
         refused={"version": refused[0], "problem": refused[1]} if refused else None,
