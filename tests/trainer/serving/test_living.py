@@ -25,6 +25,7 @@ from trainer.log.hashed_ids import hash_text
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import process_group
 from trainer.serving.batcher import BatchSettings
+from trainer.serving.histories import HistoryStore
 from trainer.serving.raw_ids import raw_ids
 from trainer.serving.request import Limits, RequestError
 from trainer.serving.versions import Versions
@@ -117,6 +118,27 @@ def test_requests_score_as_rows_of_the_log(root: Path) -> None:
             assert total and await client.metric("tandemrec_unknown_values_total") == total
             health = (await client.http.get("/healthz")).json()
             assert (health["living"], health["hashed"]) == (["item_id"], [])
+
+    asyncio.run(run())
+
+
+def test_a_page_sends_back_what_it_was_told(root: Path) -> None:
+    """Ids as text, which a browser does not round; history and candidates are scored as they stand."""
+
+    async def run() -> None:
+        store = HistoryStore(root / "log")
+        service = Service(Versions(root / "out", store), Metrics(), Limits(), BatchSettings())
+        async with serving(service) as client:
+            user = max(ROWS, key=lambda row: row["num_behaviors"])["user_id"]
+            told = (await client.http.get(f"/users/{user}")).json()
+            assert all(isinstance(item, str) for item in told["features"]["item_id"])
+            assert all(isinstance(item, int) for item in told["features"]["category_id"])
+            request = {key: told["requests"][0][key] for key in ("time", "candidates", "context", "numeric")}
+            by_text = await client.score({"user_id": user, **request})
+            numbers = [int(item) for item in request["candidates"]["item_id"]]
+            assert max(map(abs, numbers)) > 1 << 53
+            request["candidates"]["item_id"] = numbers
+            assert by_text == await client.score({"user_id": user, **request})
 
     asyncio.run(run())
 
