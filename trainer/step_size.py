@@ -58,9 +58,8 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
     """
     totals, blocks, costs = [0, 0, 0], [], []
     # That of a window has no other split.
-    files = [
-        entry for split in ("train", SPLIT) if manifest.holds(split) for entry in manifest.splits[split].files
-    ]
+    split = "train" if "train" in manifest.splits else SPLIT
+    files = manifest.splits[split].files if split in manifest.splits else []
     # An iterator, so that no more files are opened than are needed.
     places = (
         RowGroup(config.log / entry.path, group)
