@@ -58,7 +58,9 @@ def evaluate(
     with process_group(settings.timeout_s, device or settings.device) as ranks:
         restored = restore(folder, ranks, which, weights)
         restored.manifest.require(split)
-        reader = open_split(restored.config, split, restored.rows, ranks, limit=sample)
+        reader = open_split(
+            restored.config, split, restored.rows, ranks, limit=sample, finders=restored.finders
+        )
         overlap = _overlap(restored, reader, ranks) if restored.averages else {}
         restored.put(restored.averages)
         with scored_split(restored.sharded.model, reader, ranks.device, run) as scored:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,6 +41,7 @@ from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.places import place_of
 from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import pinning
+from trainer.data.living_ids import Finder, looking_up
 from trainer.data.observed import unobserved_lines
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
@@ -55,10 +56,9 @@ from trainer.needs.run_needs import Run, TooLittleMemory, check_disk, check_memo
 from trainer.objectives.of_tasks import trained_tasks
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_config import Config
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, check_writable
 from trainer.sealed_folder import remove_folder
 from trainer.step_size import step_size
-from trainer.storage import is_remote
 from trainer.update.schedule import schedule_remarks
 
 Say = Callable[[str], None]
@@ -337,6 +337,8 @@ def _build(start: Start) -> None:
         if start.ranks.speaks:
             remove_folder(scratch)
     step = _first(start.train)
+    if trainer.living is not None:
+        (step,) = trainer.living.looked_up([step])
     with torch.no_grad():
         sharded.model.eval()(step.batch.to(start.ranks.device))
 
@@ -347,29 +349,6 @@ def _first(reader: SequenceLogReader) -> Step:
         return next(steps)
 
 
-def check_writable(out: Path) -> None:
-    """Raises:
-    ConfigError: no run can be written there.
-    """
-    if is_remote(out):
-        # Of a start that was killed between the two, the next one takes it away.
-        probe = out / "writable.tmp"
-        try:
-            probe.write_bytes(b"?")
-            probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-        return
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {folder} cannot be written ({error.strerror})") from None
-
-
 def open_split(
     config: Config,
     split: str,
@@ -378,14 +357,19 @@ def open_split(
     seed: int | None = None,
     limit: int = 0,
     domains: Collection[int] = (),
+    finders: Mapping[str, Finder] | None = None,
     manifest: LogManifest | None = None,
 ) -> SequenceLogReader:
     """This rank's reader of a split; shuffled where a seed is given. Collective.
+
+    Where features' ids come and go, its batches hold rows if `finders` are given. If not they hold raw ids,
+    for `trainer.loop.living`.
 
     Args:
         limit: about so many candidates are read at most; 0 = the whole split.
         domains: whose candidates are read; none = all. Of one reader of the whole split, `of_domains` makes
             others without checking its files again.
+        finders: what knows the rows of ids that come and go.
         manifest: see `SequenceLogReader`.
     """
     reader = SequenceLogReader(
@@ -398,7 +382,7 @@ def open_split(
         seed=seed,
         share=sum_counts,
         together=unhurried,
-        prepare=None if config.ids else pinning(ranks.device),
+        prepare=looking_up(finders, pinning(ranks.device)) if finders or not config.ids else None,
         limit=limit,
         own_row_groups=ranks.device.type == "cuda",
         manifest=manifest,

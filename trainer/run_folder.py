@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import socket
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -289,6 +290,29 @@ class MetricsLog:
                 self._give_way()
             self._board.flush()
             self._spool.offer()
+
+
+def check_writable(out: Path) -> None:
+    """Raises:
+    ConfigError: no run can be written there.
+    """
+    if is_remote(out):
+        # Of a start that was killed between the two, the next one takes it away.
+        probe = out / "writable.tmp"
+        try:
+            probe.write_bytes(b"?")
+            probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        return
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {folder} cannot be written ({error.strerror})") from None
 
 
 def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

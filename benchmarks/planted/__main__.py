@@ -51,7 +51,7 @@ def measure_kept(run: Path, facts: dict[str, Any]) -> None:
     with process_group() as ranks:
         restored = restore(RunFolder(run), ranks)
         config = restored.config
-        reader = open_split(config, "test", restored.rows, ranks)
+        reader = open_split(config, "test", restored.rows, ranks, finders=restored.finders)
         data = config.data.model_copy(update={"search": SearchConfig()})
         whole = SequenceLogReader(data, "test", None)
         kind = KINDS[facts["kind"]]

@@ -48,7 +48,7 @@ def measure_run(
     with process_group() as ranks:
         restored = restore(RunFolder(folder), ranks)
         model = getattr(restored.sharded.model, "module", restored.sharded.model)
-        reader = open_split(restored.config, "test", restored.rows, ranks)
+        reader = open_split(restored.config, "test", restored.rows, ranks, finders=restored.finders)
         with closing(reader.steps()) as steps:
             for number, step in enumerate(steps):
                 if number % every:

@@ -232,8 +232,8 @@ class BucketMap:
         bucket = self.rules.bucket(hashes[new]) - self.buckets.start
         order = np.lexsort((hashes[new], -seen.newest[new], -seen.counts[new], bucket))
         touched, first, size = np.unique(bucket[order], return_index=True, return_counts=True)
-        scores = self._scores(touched, in_use, now)
-        for turn in range(int(size.max())):
+        scores = self._scores(touched, size, in_use, now)
+        for turn in range(min(int(size.max()), ways)):
             open_ = np.flatnonzero(size > turn)
             way = scores[open_].argmin(1)
             free = scores[open_, way] < NEVER
@@ -250,12 +250,19 @@ class BucketMap:
         self._uses[slots] = self._eviction.seen(none, seen.newest[ids], seen.newest[ids], seen.counts[ids])
         return given, evicted
 
-    def _scores(self, buckets: Int64s, in_use: Int64s, now: int) -> Int64s:
-        """[buckets, ways], see `Eviction.scores`; -1 for free rows."""
+    def _scores(self, buckets: Int64s, wanted: Int64s, in_use: Int64s, now: int) -> Int64s:
+        """[buckets, ways], see `Eviction.scores`; -1 for free rows.
+
+        Args:
+            buckets: ascending; wanted: the most rows that are to be given of each; in_use: slots that stay.
+        """
         ways = self.rules.ways
-        uses, last = (array.reshape(-1, ways)[buckets] for array in (self._uses, self._last))
         taken = self._marks.reshape(-1, ways)[buckets] > 0
-        scores = np.where(taken, self._eviction.scores(uses, last, now), -1)
+        scores = np.where(taken, NEVER, -1)
+        # Most buckets of a map that is not full have enough free rows: nobody's times and uses are read then.
+        full = np.flatnonzero(ways - taken.sum(1) < wanted)
+        uses, last = (array.reshape(-1, ways)[buckets[full]] for array in (self._uses, self._last))
+        scores[full] = np.where(taken[full], self._eviction.scores(uses, last, now), -1)
         of_bucket = np.searchsorted(buckets, in_use // ways).clip(max=buckets.size - 1)
         here = buckets[of_bucket] == in_use // ways
         scores[of_bucket[here], in_use[here] % ways] = NEVER

@@ -98,7 +98,7 @@ def _states(
     """A row for each second in which an item's last known features become others."""
     found = events
     for part in range(parts):
-        some = items.filter(items.item_id % parts == part) if parts > 1 else items
+        some = items.filter(_part_of(items, parts) == part) if parts > 1 else items
         theirs = events.semi_join(some, "item_id")
         seconds = theirs.group_by(["item_id", "timestamp"]).aggregate(
             **{name: null_if_unknown(theirs[name], several).max() for name, several in multi.items()}
@@ -108,6 +108,11 @@ def _states(
     for name in _PASSING:
         engine.drop(name)
     return found
+
+
+def _part_of(items: ir.Table, parts: int) -> ir.IntegerValue:
+    """The part of each item, from 0; raw ids may be negative, and then so is the remainder."""
+    return (items.item_id % parts + parts) % parts
 
 
 def _fill_up(engine: Engine, seconds: ir.Table, names: Sequence[str]) -> ir.Table:
@@ -153,9 +158,8 @@ def with_attributes(
         pairs = joined.select("item_id", "_at").distinct()
         wanted = as_of = engine.keep("item_seconds", pairs)
         for part in range(attributes.parts):
-            some = (
-                wanted.filter(wanted.item_id % attributes.parts == part) if attributes.parts > 1 else wanted
-            )
+            parts = attributes.parts
+            some = wanted.filter(_part_of(wanted, parts) == part) if parts > 1 else wanted
             theirs = attributes.states.filter(attributes.states["_part"] == part).drop("_part")
             of_part = _as_of(some, theirs).mutate(_round=ibis.literal(round_).cast("int64"))
             as_of = engine.append("known_items", of_part)

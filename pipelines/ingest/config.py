@@ -81,8 +81,11 @@ class IngestConfig(Settings):
     @property
     def all_features(self) -> tuple[FeatureConfig, ...]:
         """Every feature of the log: item, taxonomy, those of domains, then [[features]]."""
-        columns = {"item_id": self.events.item, **self.events.levels}
-        own = [FeatureConfig(name=name, column=column) for name, column in columns.items()]
+        own = [FeatureConfig(name="item_id", column=self.events.item, ids=self.events.item_ids)]
+        own += [
+            FeatureConfig(name=name, column=column, ids=self.events.taxonomy_ids)
+            for name, column in self.events.levels.items()
+        ]
         if self.domains:
             domain, *others = DOMAIN_FEATURES
             own += [FeatureConfig(name=domain)]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,9 @@ from pipelines.ingest.vocabulary import (
     Vocabulary,
     build,
     column_shapes,
+    id_kinds,
     older_vocabularies,
+    without_vocabulary,
     write,
 )
 from trainer.log.schema import FeatureInfo, LogManifest, schema_of
@@ -227,6 +229,8 @@ def _write_log(
         raise DataError(problem, file=raw.source)
     new = {name: made.new for name, made in encoded.vocabularies.items() if made.new}
     report = full_report(engine, Counts(encoded.tables, requests, splits, raw.duplicates, new, times), config)
+    if raw_ids := {name: asdict(made.raw) for name, made in encoded.vocabularies.items() if made.raw}:
+        report["raw_ids"] = raw_ids
     report |= remarks(engine, encoded.tables, encoded.buckets, config) | {
         "unused_settings": unused_settings(config),
         "predicts_alone": lone_predictors(engine, requests.offers, config),
@@ -249,6 +253,7 @@ def _encode(
 ) -> EncodedTables:
     cutoff = config.split.validation_start if config.split else None
     vocabularies, infos, multi, extend = {}, {}, {}, config.vocabulary.extend
+    id_kind = id_kinds(config)
     for name, (multi[name], side) in column_shapes(config).items():
         # The log says nothing of items that no event and no impression has.
         keys = RAW_TABLES if name == "item_id" else tuple(raw.tables)
@@ -260,9 +265,12 @@ def _encode(
             told = " and ".join(f"{kind} in the {key}" for kind, key in kinds.items())
             raise DataError(f"{name} is {told}; cast one of them", file=raw.source)
         sources = [narrow(engine, table, (name, "timestamp")) for table in having.values()]
-        vocabularies[name] = build(
-            engine, name, sources, older.get(name), multi=multi[name], cutoff=cutoff, extend=extend
-        )
+        if id_kind[name] == "dense":
+            vocabularies[name] = build(
+                engine, name, sources, older.get(name), multi=multi[name], cutoff=cutoff, extend=extend
+            )
+        else:
+            vocabularies[name] = without_vocabulary(engine, name, id_kind[name], sources, multi=multi[name])
         infos[name] = write(engine, name, vocabularies[name], root, multi[name], side)
     words = {name: vocabulary.words for name, vocabulary in vocabularies.items()}
     total = count_rows(engine, raw.tables[EVENTS])

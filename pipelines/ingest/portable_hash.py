@@ -25,8 +25,20 @@ def number(seed: int, purpose: str, *columns: ir.Value, digits: int = 12) -> ir.
 
     12 digits are 48 bits: far above any row count, and no overflow of a signed 64-bit integer.
     """
-    text = digest(seed, purpose, *columns)
+    return _read(digest(seed, purpose, *columns), 0, digits)
+
+
+def text_id(text: ir.StringValue) -> ir.IntegerValue:
+    """The same as `trainer.log.hashed_ids.hash_text`; the text must not be null."""
+    hexadecimal = text.hexdigest("md5")
+    high, low = (_read(hexadecimal, first, 8) for first in (0, 8))
+    # The highest bit is the sign of a 64-bit integer.
+    return ibis.ifelse(high >= 1 << 31, high - (1 << 32), high) * (1 << 32) + low
+
+
+def _read(text: ir.StringValue, first: int, digits: int) -> ir.IntegerValue:
+    """The number that some hexadecimal digits stand for."""
     # Reading digit by digit is slower than casting "0x...", but that cast is DuckDB's alone.
-    values = [ibis.literal(_HEX).find(text.substr(place, 1)) for place in range(digits)]
+    values = [ibis.literal(_HEX).find(text.substr(place, 1)) for place in range(first, first + digits)]
     # Ibis takes a found place for 64 bits wide, but Spark's has 32: the zero makes it so.
     return reduce(lambda value, digit: value * 16 + digit, values, ibis.literal(0).cast("int64"))

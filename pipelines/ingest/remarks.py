@@ -169,7 +169,9 @@ def remark_lines(manifest: LogManifest) -> list[str]:
             lines.append(f"WARNING: label {task} has one class only: nothing can be learnt from it")
     everything = manifest.features | {f"context {name}": info for name, info in manifest.context.items()}
     lines += [
-        f"WARNING: {name} has no value in any row" for name, info in everything.items() if info.rows == 1
+        f"WARNING: {name} has no value in any row"
+        for name, info in everything.items()
+        if info.rows == 1 and not info.raw
     ]
     return lines + _split_lines(manifest)
 

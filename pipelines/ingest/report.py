@@ -117,12 +117,28 @@ def report_lines(manifest: LogManifest) -> list[str]:
         for reason, count in report["dropped"].items()
         if count
     ]
-    lines += [f"{name}: {info.rows:,} table rows" for name, info in manifest.features.items()]
-    lines += [f"context {name}: {info.rows:,} table rows" for name, info in manifest.context.items()]
+    lines += _feature_lines(manifest)
     lines += _time_lines(manifest) + remark_lines(manifest)
     lines += lone_lines(manifest.report, manifest.features)
     lines += column_lines(manifest.columns, manifest.notes)
     return sorted(lines, key=lambda line: line.startswith("WARNING"))
+
+
+def _feature_lines(manifest: LogManifest) -> list[str]:
+    """How many ids each feature has."""
+    raw = manifest.report.get("raw_ids", {})
+    context = {f"context {name}": info for name, info in manifest.context.items()}
+    lines = []
+    for name, info in (manifest.features | context).items():
+        if not info.raw:
+            lines.append(f"{name}: {info.rows:,} table rows")
+            continue
+        known = raw.get(name.replace("context ", "context_"), {"values": 0, "nothing": 0})
+        kind = "hashes of text" if info.hashed else "raw ids"
+        lines.append(f"{name}: {kind}, {known['values']:,} different ones")
+        if known["nothing"]:
+            lines.append(f"WARNING: {name} has the id 0 in {known['nothing']:,} places, which means no value")
+    return lines
 
 
 def _label_lines(manifest: LogManifest) -> list[str]:

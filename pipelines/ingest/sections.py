@@ -23,6 +23,7 @@ from trainer.ranks.machine import memory_bytes
 
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 Unit = Literal["s", "ms", "us", "ns"]
+IdKind = Literal["dense", "raw", "hashed"]
 # Names that the log, or a table on the way to it, uses for something else: no feature may have one. A column
 # that a protocol adds to a table of events has a name of these, or would replace a feature of that name.
 TAKEN = {"user_id", "item_id", "request_id", "timestamp", "split", "history_end", "candidates"}
@@ -42,6 +43,10 @@ class ColumnConfig(Settings):
     """Whether the column holds lists, or text that `separator` splits."""
     separator: str = ""
     """The sign between the values of a cell of text; empty: the column holds lists."""
+    ids: IdKind = "dense"
+    """What ids are: `dense`, numbers from 1 on that stand for the values of a vocabulary; `raw`, the integers
+    of the column themselves; `hashed`, 64-bit hashes of its text. Neither `raw` nor `hashed` needs a
+    vocabulary, so that a new value needs no new log; a model needs `[ids.<feature>]` for them."""
 
     @property
     def source(self) -> str:
@@ -99,6 +104,10 @@ class EventsConfig(RoleColumns):
     taxonomy: tuple[Name, ...] = ()
     """The columns of the item's categories, from coarse to fine; `category` becomes the feature
     `category_id`."""
+    item_ids: IdKind = "dense"
+    """What the ids of `item_id` are, see `features.ids`."""
+    taxonomy_ids: IdKind = "dense"
+    """What the ids of all levels of the taxonomy are, see `features.ids`."""
 
     @property
     def levels(self) -> dict[str, str]:

@@ -60,7 +60,7 @@ def with_items(engine: Engine, events: ir.Table, items: ir.Table, config: Ingest
 def with_ids_only(table: ir.Table) -> ir.Table:
     """The rows of encoded items and users that some event or impression has; the others have no id."""
     if "item_id" in table.columns:
-        return table.filter(table.item_id > 0)
+        return table.filter(table.item_id != 0)
     return table.filter(table.user_id.notnull())
 
 

@@ -17,7 +17,10 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.downloads import downloads
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
+from pipelines.ingest.portable_hash import text_id
+from pipelines.ingest.sections import IdKind
 from trainer.config.places import place_of
+from trainer.log.hashed_ids import NOTHING
 from trainer.log.schema import FeatureInfo, Side, read_manifest
 from trainer.log.vocabulary import spell, stream_values
 from trainer.sealed_folder import MANIFEST
@@ -42,11 +45,32 @@ class Vocabulary:
         words: value, id, count.
         rows: ids from here on are not the log's: what is written has 0 in their place; None: all are.
         new: (values, occurrences) that the older log does not have; None where there is no older log.
+        kind: what its ids are; raw: of ids that are no dense ones.
     """
 
     words: ir.Table
     rows: int | None = None
     new: tuple[int, int] | None = None
+    kind: IdKind = "dense"
+    raw: RawIds | None = None
+
+
+@dataclass(frozen=True)
+class RawIds:
+    """What is known of the ids of a feature that has no vocabulary.
+
+    Attributes:
+        values: different ids; nothing: places in which a value has the id that means no value.
+    """
+
+    values: int
+    nothing: int
+
+
+def id_kinds(config: IngestConfig) -> dict[str, IdKind]:
+    """Column of the raw tables -> what its ids are."""
+    kinds: dict[str, IdKind] = {entry.name: entry.ids for entry in config.all_features}
+    return kinds | {f"context_{entry.name}": entry.ids for entry in config.context}
 
 
 def column_shapes(config: IngestConfig) -> dict[str, tuple[bool, Side]]:
@@ -69,7 +93,8 @@ def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderV
     log = place_of("vocabulary.log", config.vocabulary.log)
     manifest = read_manifest(log)
     infos = manifest.features | {f"context_{name}": info for name, info in manifest.context.items()}
-    shapes, remedy = column_shapes(config), "ingest with that log's columns, or without its vocabulary"
+    shapes, kinds = column_shapes(config), id_kinds(config)
+    remedy = "ingest with that log's columns, or without its vocabulary"
     for name in (*infos, *shapes):
         problem = ""
         if name not in shapes:
@@ -79,13 +104,20 @@ def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderV
         elif (infos[name].multi, infos[name].side) != shapes[name]:
             theirs, mine = _shape(infos[name].multi, infos[name].side), _shape(*shapes[name])
             problem = f"has {_called(name)} as {theirs}, this config as {mine}"
+        elif (theirs := _kind_of(infos[name])) != kinds[name]:
+            problem = f"has {theirs} ids of {_called(name)}, this config {kinds[name]} ones"
         if problem:
             raise DataError(f"{problem}; {remedy}", file=log / MANIFEST)
     infos |= manifest.named
     return {
-        name: _older(engine, downloads.local(log / "vocab" / f"{name}.parquet"), infos[name])
-        for name in infos
+        name: _older(engine, downloads.local(log / "vocab" / f"{name}.parquet"), info)
+        for name, info in infos.items()
+        if not info.raw
     }
+
+
+def _kind_of(info: FeatureInfo) -> IdKind:
+    return ("hashed" if info.hashed else "raw") if info.raw else "dense"
 
 
 def _called(name: str) -> str:
@@ -140,6 +172,32 @@ def number_values(values: ir.Table, first: int) -> ir.Table:
     """value, id, count: dense ids from `first` in the order of the values."""
     dense = ibis.row_number().over(order_by=values["value"]) + first
     return values.mutate(id=dense.cast("int64")).select("value", "id", "count")
+
+
+def without_vocabulary(
+    engine: Engine, name: str, kind: IdKind, sources: Sequence[ir.Table], *, multi: bool = False
+) -> Vocabulary:
+    """The ids of a column that follow from each value alone.
+
+    Args:
+        kind: `raw` or `hashed`; sources: the tables that have the column.
+
+    Raises:
+        DataError: the column holds text that is to be raw, or integers that are to be hashed.
+    """
+    found = count_values(name, multi, sources, None)
+    text = found["value"].type().is_string()
+    if text != (kind == "hashed"):
+        hint = 'ids = "raw"' if kind == "hashed" else 'ids = "hashed"'
+        held = "integers" if kind == "hashed" else "text, or nothing,"
+        also = ", or name the column in text_columns" if kind == "hashed" else ""
+        raise DataError(f'holds {held} which cannot be "{kind}"; set {hint}{also}', column=name)
+    ids = text_id(found["value"]) if text else found["value"].cast("int64")
+    words = engine.keep(f"vocabulary_{name}", found.mutate(id=ids))
+    sums = {"values": words.count(), "nothing": words.occurrences.sum(where=words.id == NOTHING)}
+    totals = engine.rows(words.aggregate(**sums))[0]
+    raw = RawIds(int(totals["values"]), int(totals["nothing"] or 0))
+    return Vocabulary(words.select("value", "id", "count"), kind=kind, raw=raw)
 
 
 def build(
@@ -207,8 +265,10 @@ def _of_type(older: OlderVocabulary, name: str, sources: Sequence[ir.Table], mul
 def write(
     engine: Engine, name: str, vocabulary: Vocabulary, root: Path, multi: bool = False, side: Side = "both"
 ) -> FeatureInfo:
-    """Writes `vocab/<name>.parquet` and gives what the manifest says of the column."""
+    """Writes `vocab/<name>.parquet`, if there is one, and gives what the manifest says of the column."""
     (root / "vocab").mkdir(exist_ok=True)
+    if vocabulary.kind != "dense":
+        return FeatureInfo(rows=1, raw=True, hashed=vocabulary.kind == "hashed", multi=multi, side=side)
     table, content, rows = vocabulary.words, hashlib.sha256(), 1
     if vocabulary.rows is not None:
         table = table.filter(table.id < vocabulary.rows)

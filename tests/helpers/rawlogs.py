@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.ingest import ingest
+from trainer.log.hashed_ids import hash_text
 from trainer.log.schema import LogManifest, read_manifest
 
 DAY = 86_400
@@ -180,10 +181,11 @@ class Log:
     """An ingested log, and the raw tables in its ids.
 
     `renewed`: half of the raw rows have items, categories, tags, ... that the others never have.
+    `shift`: is added to all items.
     """
 
     def __init__(
-        self, folder: Path, protocol: str, seed: int, *, renewed: bool = False, **changes: Any
+        self, folder: Path, protocol: str, seed: int, *, renewed: bool = False, shift: int = 0, **changes: Any
     ) -> None:
         self.config = config(protocol, **changes)
         self.folder = folder / "log"
@@ -191,6 +193,9 @@ class Log:
         shown = impressions(seed, users=5, items=24) if protocol == "impressions" else None
         if renewed:
             raw, shown = renew(raw), shown and renew(shown)
+        raw, shown = (
+            rows and [{**row, "item_id": row["item_id"] + shift} for row in rows] for rows in (raw, shown)
+        )
         self.raw, self.raw_shown = raw, shown or []
         source = write(folder / "events.parquet", raw)
         given = write(folder / "shown.parquet", shown, SHOWN) if shown else None
@@ -198,10 +203,20 @@ class Log:
             source, self.folder, self.config, impressions=given, overwrite=True
         )
         names = [*self.manifest.features, *(f"context_{name}" for name in self.manifest.context)]
-        self.ids = {name: ids_of_values(self.folder, name) for name in names}
+        self.ids = {name: self._ids_of(name) for name in names}
         self.events = [self.encode(row) for row in raw]
         self.shown = [self.encode(row) for row in shown or []]
         self.rows = rows(self.folder)
+
+    def _ids_of(self, name: str) -> dict[Any, int]:
+        info = (self.manifest.features | self.manifest.context)[name.removeprefix("context_")]
+        if not info.raw:
+            return ids_of_values(self.folder, name)
+        column = "category" if name == "category_id" else name.removeprefix("context_")
+        cells = [row.get(column) for row in [*self.raw, *self.raw_shown]]
+        values = [one for cell in cells for one in (cell if isinstance(cell, list) else [cell])]
+        given = list({one for one in values if one is not None})
+        return dict(zip(given, hash_text(given).tolist() if info.hashed else given, strict=True))
 
     def encode(self, row: Row) -> Row:
         coded = {**row, "category_id": row.get("category"), "context_city": row.get("city")}

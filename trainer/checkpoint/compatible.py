@@ -77,7 +77,7 @@ def check_resumable(
     for key in {**before, **now}:
         section = key.split(".")[0]
         shapes_table = section == "groups" and not key.endswith(_GROUP_SETTINGS_THAT_MAY_CHANGE)
-        if section in ("model", "tables") or shapes_table:
+        if section in ("model", "tables") or shapes_table or _shapes_map(key):
             fixed.append(key)
     if state["cursor"]["blocks"]:
         fixed += _ORDER
@@ -102,6 +102,13 @@ def check_resumable(
                 f"this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "set it back, or name another --out"
             )
+
+
+def _shapes_map(key: str) -> bool:
+    """Whether a setting decides which rows a map of ids has to give."""
+    section, _, rest = key.partition(".")
+    _, _, setting = rest.partition(".")
+    return section == "ids" and (setting in ("capacity", "shared_rows") or setting.startswith("groups."))
 
 
 def _check_lanes(state: Mapping[str, Any], config: Config, labels: Sequence[str]) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embeddings.agreement import from_every_rank
+from embeddings.ids.frozen import FrozenIds
 from trainer.assemble import ShardedModel, build_sharded, id_bounds
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
+from trainer.checkpoint.id_files import frozen_ids
 from trainer.checkpoint.tensors import TensorReader
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import Ranks
@@ -26,6 +29,7 @@ class RestoredModel:
     Attributes:
         config, manifest: of the run and of its log; sharded: the model; step: steps it was trained.
         averages: the averaged dense weights by name, where they are wanted; the model has the raw ones.
+        finders: the maps of ids that come and go, see `trainer.data.living_ids.looked_up`.
     """
 
     config: Config
@@ -33,6 +37,7 @@ class RestoredModel:
     sharded: ShardedModel
     step: int
     averages: Mapping[str, Tensor] = field(default_factory=dict)
+    finders: Mapping[str, FrozenIds] = field(default_factory=dict)
 
     @torch.no_grad()
     def put(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,4 +87,6 @@ def restore(folder: RunFolder, ranks: Ranks, which: str = "", weights: Weights =
     checkpoint.load_tensors(found.path, tensors)
     sharded.model.load_state_dict(tensors["model"])
     sharded.model.eval()
-    return RestoredModel(config, manifest, sharded, int(found.state["step"]), averages)
+    finders, path = dict[str, FrozenIds](), found.path
+    from_every_rank(lambda: finders.update(frozen_ids(path, config.id_rules)), slow=True)
+    return RestoredModel(config, manifest, sharded, int(found.state["step"]), averages, finders)

@@ -16,6 +16,8 @@ from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfi
 from trainer.config.toml import Settings
 
 _DAY = 86_400
+# The most rows for each cell of a sketch, so that each bucket has some sixteen cells.
+_ROWS_A_CELL = 4
 
 
 def _known(kinds: dict[str, type], what: str) -> AfterValidator:
@@ -57,7 +59,7 @@ class IdsConfig(Settings):
     whatever the number of ids: it forgets ids that were seen long ago, and lets a few ids in too early (see
     docs/online.md)."""
     sketch_cells: int = Field(1 << 20, ge=64)
-    """The number of counters of a sketch. Each takes 8 bytes."""
+    """The number of counters of a sketch, at least a fourth of `capacity`. Each takes 8 bytes."""
     admit_chance: float = Field(0.1, gt=0, le=1)
     """The probability of `admission = "chance"`."""
     counts: Literal["all", "candidates"] = "all"
@@ -85,6 +87,12 @@ class IdsConfig(Settings):
             raise ValueError("protected_rows is larger than capacity")
         if self.protected_rows and not self.ttl_days:
             raise ValueError("protected_rows protects from ttl_days, which is 0; set it, or leave this out")
+        cells = -(-self.capacity // _ROWS_A_CELL)
+        if self.admission == "count" and self.counter == "sketch" and self.sketch_cells < cells:
+            raise ValueError(
+                f"sketch_cells = {self.sketch_cells} are too few for capacity = {self.capacity}: they would "
+                f"let nearly every id in; use {cells} or more"
+            )
         least = IdRules(self.capacity).buckets
         for group, capacity in self.groups.items():
             if not least <= capacity <= self.capacity:

@@ -100,8 +100,8 @@ def hierarchical_search(
     """Keep, for each candidate, the `budget` visible behaviors that match its path deepest, newest first.
 
     Args:
-        levels_history: int64 [m, N], levels_candidate: int64 [m, C], taxonomy ids, coarse to fine; 0 is
-            unknown and matches nothing. The finest level may be the item itself.
+        levels_history: int64 [m, N], levels_candidate: int64 [m, C], taxonomy ids of any sign, coarse to
+            fine; 0 is unknown and matches nothing. The finest level may be the item itself.
         time_history: int64 [N], ascending (ties allowed), in any unit; request_time: int64 [R], the same.
         request_of_candidate: int64 [C]; visible_start, visible_end: int64 [R], start <= position < end.
         budget: K; half_life: age at which a behavior weighs half in `decayed`, in the unit of the times.
@@ -116,8 +116,6 @@ def hierarchical_search(
     shape = (history[0], request_of_candidate.size)
     if levels_candidate.shape != shape:
         raise ValueError(f"levels_candidate has shape {levels_candidate.shape}, want {shape}")
-    if min(levels_history.min(initial=0), levels_candidate.min(initial=0)) < 0:
-        raise ValueError("a taxonomy id is negative; ids are positive, 0 stands for unknown")
     if budget < 1:
         raise ValueError(f"budget is {budget}, want at least 1")
     if not 0 < half_life < np.inf:
@@ -151,7 +149,9 @@ def _rank(known: Ints, ids: Ints) -> Ints:
     if not known.size:
         return np.full(ids.size, -1)
     largest = int(known[-1])
-    if largest < 4 * ids.size:  # small ids: one table look-up each beats a binary search
+    if (
+        largest < 4 * ids.size and known[0] >= 0 and ids.min(initial=0) >= 0
+    ):  # small ids: one table look-up each beats a binary search
         table = np.full(largest + 2, -1)
         table[known] = np.arange(known.size)
         return table[np.minimum(ids, largest + 1)]
@@ -172,7 +172,7 @@ def _index(levels_history: Ints, levels_candidate: Ints) -> tuple[Ints, Ints, _L
     parent, candidate_parent = np.zeros_like(at), np.zeros_like(candidate)
     numbered, keys = 0, []
     for level, (ids, candidate_ids) in enumerate(zip(levels_history, levels_candidate, strict=True)):
-        known_here = candidate_ids[candidate] > 0
+        known_here = candidate_ids[candidate] != 0  # hashes may be negative
         candidate, candidate_parent = candidate[known_here], candidate_parent[known_here]
         known, candidate_digit = np.unique(candidate_ids[candidate], return_inverse=True)
         child = candidate_parent * known.size + candidate_digit

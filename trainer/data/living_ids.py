@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from embeddings.ids.rules import IdRules
 from trainer.data.batch import RequestBatch
 
 Int64s = npt.NDArray[np.int64]
+Prepare = Callable[[RequestBatch], RequestBatch]
 # An id's time where nothing says when it was seen.
 _EVER = np.iinfo(np.int64).min
 
@@ -108,6 +109,21 @@ def looked_up(batch: RequestBatch, finders: Mapping[str, Finder]) -> RequestBatc
                 if name in (map_name, finder.rules.within):
                     rows[map_name] = finder.look_up(kjt.values()[part].numpy())
     return with_rows(batch, rows)
+
+
+def looking_up(finders: Mapping[str, Finder] | None, last: Prepare | None) -> Prepare | None:
+    """What a reader does to its batches: ids become rows by maps that do not change, then comes `last`.
+
+    None where there is nothing to do.
+    """
+    if not finders:
+        return last
+
+    def prepare(batch: RequestBatch) -> RequestBatch:
+        found = looked_up(batch, finders)
+        return found if last is None else last(found)
+
+    return prepare
 
 
 def newest_request(batch: RequestBatch) -> int:

@@ -46,6 +46,8 @@ class FeatureInfo(Settings):
     raw: bool = False
     """Whether ids are any 64-bit integers, such as hashes, instead of dense ones. A model needs
     [ids.<feature>] for it."""
+    hashed: bool = False
+    """Whether raw ids are hashes of text, see `trainer.log.hashed_ids`."""
     vocabulary: str = ""
     """SHA-256 of the values that the ids stand for, in order; empty if there are none."""
     multi: bool = False

@@ -48,10 +48,10 @@ def trained(out: Path, overrides: list[str], tied: bool) -> Measured:
             raise SystemExit("training was asked to stop; the same command makes this run again")
         with process_group() as ranks:
             restored = restore(RunFolder(out), ranks)
-            reader = open_split(restored.config, SPLIT, restored.rows, ranks)
+            reader = open_split(restored.config, SPLIT, restored.rows, ranks, finders=restored.finders)
             with experts_of_first_layer() as outputs:
                 scored = score_split(restored.sharded.model, reader, ranks.device)
-            seen = open_split(restored.config, "train", restored.rows, ranks)
+            seen = open_split(restored.config, "train", restored.rows, ranks, finders=restored.finders)
             on_train = score_split(restored.sharded.model, seen, ranks.device)
             learned = {task: logloss_of(on_train, task) for task in on_train.tasks}
             tables = representation(restored.sharded.model)

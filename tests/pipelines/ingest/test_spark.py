@@ -84,7 +84,15 @@ def spark() -> Iterator[Any]:
             },
         ),
         ("leave-last", {}),
-        ("time-split", {"files": {"layout": "request"}, "context": [{"name": "home", "table": "users"}]}),
+        (
+            "time-split",
+            {
+                "files": {"layout": "request"},
+                "context": [{"name": "home", "table": "users", "ids": "hashed"}],
+                "events": {"taxonomy": ["category"], "item_ids": "raw", "taxonomy_ids": "hashed"},
+                "features": [{"name": "tags", "multi": True, "ids": "hashed"}],
+            },
+        ),
     ],
 )
 def test_both_engines_write_the_same_rows(

@@ -73,6 +73,21 @@ def test_equals_brute_force(seed: int, domains: bool, **size: int) -> None:
     assert_equal(with_domains(block, seed) if domains else block)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    raw=st.lists(st.integers(-(2**63), -1) | st.integers(1, 2**63 - 1), min_size=3, max_size=3, unique=True)
+    | st.permutations([-1, -2, 3]),
+)
+def test_raw_ids_of_any_sign_match_as_dense_ones_do(seed: int, raw: list[int]) -> None:
+    block = random_block(seed, behaviors=seed % 30, candidates=4, requests=2)
+    ids = np.array([0, *raw])
+    levels = {name: ids[block[name]] for name in ("levels_history", "levels_candidate")}
+    dense, found = hierarchical_search(**block), hierarchical_search(**block | levels)
+    for name in ("index", "level", "matches", "decayed"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(dense, name), err_msg=name)
+
+
 @pytest.mark.parametrize("domains", [False, True])
 def test_a_thousand_users(domains: bool) -> None:
     for seed in range(1000):
@@ -209,7 +224,6 @@ def test_a_single_visible_event_behind_a_long_list() -> None:
         ({"time_history": np.array([1, 3, 2])}, "descends at position 2"),
         ({"time_history": np.array([1, 2])}, "levels_history has shape"),
         ({"levels_candidate": np.array([[1], [1]])}, "levels_candidate has shape"),
-        ({"levels_candidate": np.array([[-1]])}, "negative"),
         ({"request_time": np.array([29])}, "newer than itself"),
     ],
 )
