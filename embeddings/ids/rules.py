@@ -85,6 +85,11 @@ class IdRules:
         return self.shared_rows + self.buckets * self.ways
 
     @property
+    def layout(self) -> tuple[int, int, int]:
+        """What decides which rows an id may have."""
+        return self.shared_rows, self.buckets, self.ways
+
+    @property
     def admission_state(self) -> tuple[str, ...]:
         """What the layout of the state that admission keeps depends on, besides the buckets."""
         if self.admission != "count":
