@@ -15,17 +15,24 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from embeddings.errors import DataError, SnapshotError, TandemError
 from pipelines.console import quiet_third_parties
+from pipelines.export_version import ExportOptions, publish_version
+from trainer.checkpoint import files
 from trainer.config.online import OnlineConfig
 from trainer.data.stream.folder import WindowFolder
 from trainer.data.stream.ledger import Ledger
+from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.online import Version
-from trainer.sealed_folder import locked, write_text
+from trainer.ranks.process_group import Ranks, process_group
+from trainer.run_folder import RunFolder
+from trainer.sealed_folder import MANIFEST, locked, write_text
+from trainer.snapshot.manifest import LATEST
 
 _FAILURES = 3
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
@@ -75,12 +82,17 @@ class VersionPublisher:
         self._step = _published_step(places.published)
         self._failures, self._busy = 0, False
         self._done: list[Version] = []
+        self._pipe, self._process = self._started()
+
+    def _started(self) -> tuple[Connection, BaseProcess]:
         context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, places, settings), daemon=True)
-        self._process.start()
+        mine, other = context.Pipe()
+        given = other, self._places, self._settings
+        process = context.Process(target=serve, args=given, daemon=True)
+        process.start()
         # Or its end would not be noticed.
         other.close()
+        return mine, process
 
     def __enter__(self) -> VersionPublisher:
         return self
@@ -89,10 +101,10 @@ class VersionPublisher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pipe.close()
-        # It ends after the version in its hands, and a later start waits for it.
-        self._process.join(0.0 if error is not None else None)
         if error is not None:
-            self._process.terminate()
+            # What it leaves of a version is swept by the next one.
+            self._process.kill()
+        self._process.join()
 
     def due(self, ledger: Ledger) -> bool:
         """Whether so many windows were trained since the newest version as `online.publish_every` says."""
@@ -152,8 +164,6 @@ class VersionPublisher:
 
 def serve(pipe: Connection, places: Places, settings: OnlineConfig) -> None:
     """What the process does: publish what comes through the pipe, until its other end is closed."""
-    from trainer.ranks.process_group import process_group
-
     for name in _LAUNCHER:
         os.environ.pop(name, None)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -164,17 +174,18 @@ def serve(pipe: Connection, places: Places, settings: OnlineConfig) -> None:
     lock = locked(places.run / ".publishing.lock", without, wait=True)
     with lock, process_group(device="cpu") as ranks, suppress(EOFError, BrokenPipeError):
         while True:
-            order: Order = pipe.recv()
-            try:
-                answer = Answer(_publish(order, places, settings, ranks))
-            except (TandemError, OSError, MemoryError) as error:
-                answer = Answer({}, str(error) or type(error).__name__)
-            pipe.send(answer)
+            pipe.send(answer_to(pipe.recv(), places, settings, ranks))
 
 
-def _publish(order: Order, places: Places, settings: OnlineConfig, ranks: Any) -> dict[str, Any]:
-    from pipelines.export_version import ExportOptions, publish_version
+def answer_to(order: Order, places: Places, settings: OnlineConfig, ranks: Ranks) -> Answer:
+    """Publish a checkpoint, unless that was done; `ranks`: a group of one."""
+    try:
+        return Answer(_publish(order, places, settings, ranks))
+    except (TandemError, OSError, MemoryError) as error:
+        return Answer({}, str(error) or type(error).__name__)
 
+
+def _publish(order: Order, places: Places, settings: OnlineConfig, ranks: Ranks) -> dict[str, Any]:
     started = time.monotonic()
     number, found = _newest(places, order.step)
     if found is None:
@@ -198,6 +209,8 @@ def _publish(order: Order, places: Places, settings: OnlineConfig, ranks: Any) -
         "window": order.window,
         "whole": found["base"] is None,
         "bytes": sum(file["bytes"] for file in found["files"]),
+        "tombstones": sum(each["gone"] or 0 for each in found.get("ids", {}).values()),
+        "live_ids": {feature: each["live"] for feature, each in found.get("ids", {}).items()},
         "seconds": time.monotonic() - started,
         "seconds_from_appearance": time.time() - order.appeared,
     }
@@ -208,11 +221,6 @@ def _newest(places: Places, step: int) -> tuple[int, dict[str, Any] | None]:
 
     A run that was killed may have published it and not written that down.
     """
-    from trainer.checkpoint import files
-    from trainer.run_folder import RunFolder
-    from trainer.sealed_folder import MANIFEST
-    from trainer.snapshot.manifest import LATEST
-
     try:
         name = (places.snapshots / LATEST).read_text(encoding="utf-8").strip()
         manifest: dict[str, Any] = json.loads((places.snapshots / name / MANIFEST).read_text("utf-8"))
@@ -227,10 +235,8 @@ def _name(number: int) -> str:
     return f"v{number:08d}"
 
 
-def _requests(stream: Path, window: str) -> Any:
+def _requests(stream: Path, window: str) -> LogManifest:
     """A log of the window that was trained last, or of a later one, or else of any that is still there."""
-    from trainer.log.schema import read_manifest
-
     source = WindowFolder(stream)
     listed = source.listed()
     names = sorted(listed, key=lambda name: (name < window, name != window, name))
