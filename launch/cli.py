@@ -35,7 +35,7 @@ from launch.options import (
 )
 from launch.quick_imports import quick_imports
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
-from launch.stream_verbs import windows
+from launch.stream_verbs import online, windows
 
 app = typer.Typer(
     name="tandemrec",
@@ -291,6 +291,7 @@ def cluster(
 
 
 app.command()(windows)
+app.command()(online)
 
 
 @app.command()

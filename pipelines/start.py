@@ -234,10 +234,11 @@ def open_start(
         say(f"validation: {drawn} (train.validate_candidates = 0 takes all)")
     for line in from_rank_0(lambda: list(unobserved_lines(train, manifest)), slow=True):
         say(line)
-    if not config.phases:
+    if not config.phases and manifest is log:
         for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
             say(line)
-    start = Start(config, manifest, folder, ranks, resume, fingerprint, groups, train, validation, domains)
+    of_log = config, manifest, folder, ranks, resume, fingerprint, groups, train, validation, domains
+    start = Start(*of_log, readers={"train": train})
     # What they name is there.
     _ = [start.reader(each) for phase in phases for each in (phase, *branches_of(phase))]
     return start
