@@ -308,6 +308,7 @@ def show_rules(report: Report, rows: Sequence[Row]) -> None:
 @one_thread()
 def main(words: Sequence[str]) -> None:
     options = Options("ids", __doc__).measuring(config=False)
+    options.add_argument("--only", choices=("steps", "stream"), help="measure this part alone")
     add_rank_of(options)
     given = options.read(words)
     settings = load_settings(IdsBench, given.config, given.overrides)
@@ -318,12 +319,14 @@ def main(words: Sequence[str]) -> None:
         return
     report = Report(given, "Living ids", seed=settings.seed)
     report.facts = {"settings": settings.model_dump(mode="json")}
-    found = measure_steps(settings, given.repeats)
-    with tempfile.TemporaryDirectory() as folder:
-        start_ranks("ids", Path(folder), words, 1800)
-        found += json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
-    show_steps(report, found)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as apart:
-        show_rules(report, [*apart.map(partial(measure_rules, settings=settings), RULES)])
+    if given.only != "stream":
+        found = measure_steps(settings, given.repeats)
+        with tempfile.TemporaryDirectory() as folder:
+            start_ranks("ids", Path(folder), words, 1800)
+            found += json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
+        show_steps(report, found)
+    if given.only != "steps":
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as apart:
+            show_rules(report, [*apart.map(partial(measure_rules, settings=settings), RULES)])
     report.close()
