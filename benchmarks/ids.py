@@ -5,7 +5,7 @@ steps in turn, each step once: with static tables, with a row for every id, and 
 that ids come and go at every step. Batches lie in memory, so that reading hides nothing. The first three
 rounds, which see most ids for the first time, are not counted.
 Stream: the map alone over `events` sightings whose popular ids change, with a tenth of the distinct ids as
-capacity; each rule in a process of its own. A hit is a sighting whose id has a row of its own.
+capacity; each rule in a process of its own. A hit is a sighting whose id had a row before its step.
 Look-up: the processor time that one step's sightings take at the end of that stream.
 """
 
@@ -240,9 +240,10 @@ def sample_of(stage: IdStage, ids: Int64s, times: Int64s) -> Sample:
     done = time.process_time()
     stage.look_up({"item": seen.ids})
     found = time.process_time()
-    hits = float((taken.rows["item"][place] >= rules.shared_rows).mean())
+    rows, new = taken.rows["item"], taken.new_rows["item"]
+    hits = float(((rows >= rules.shared_rows) & ~np.isin(rows, new))[place].mean())
     times_ms = 1e3 * (merged - started), 1e3 * (done - merged), 1e3 * (found - done)
-    return Sample(*times_ms, seen.ids.size, taken.new_rows["item"].size, hits)
+    return Sample(*times_ms, seen.ids.size, new.size, hits)
 
 
 @one_thread()
