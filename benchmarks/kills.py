@@ -120,23 +120,21 @@ def _versions(run: Path) -> Path:
 
 def _of_windows(one: Path, two: Path) -> list[str]:
     """What is not the same of windows and versions, or not as it should be."""
-    ledgers = [
-        Ledger.of_state(read_state(checkpoints(run / "checkpoints")[0])["stream"]["ledger"])
-        for run in (one, two)
-    ]
-    taken = [[(each.name, each.outcome, each.step) for each in ledger.entries] for ledger in ledgers]
+    taken, steps = [], []
+    for run in (one, two):
+        state = read_state(checkpoints(run / "checkpoints")[0])["stream"]["ledger"]
+        taken.append([(each.name, each.outcome, each.step) for each in Ledger.of_state(state).entries])
+        manifests = [path / "manifest.json" for path in sorted(_versions(run).glob("v*"))]
+        versions = [json.loads(path.read_text()) for path in manifests]
+        steps.append([(each["number"], each["step"]) for each in versions])
     trained = [name for name, outcome, _ in taken[1] if outcome == "trained"]
-    found = [] if taken[0] == taken[1] else ["windows"]
-    found += [] if trained == sorted(set(trained)) else ["a window was trained twice"]
-    versions = [
-        [json.loads((path / "manifest.json").read_text()) for path in sorted(_versions(run).glob("v*"))]
-        for run in (one, two)
-    ]
-    steps = [[(each["number"], each["step"]) for each in of_run] for of_run in versions]
-    rising = [number for number, _ in steps[1]] == list(range(1, len(steps[1]) + 1))
-    return (
-        found + ([] if steps[0] == steps[1] else ["versions"]) + ([] if rising else ["versions do not rise"])
-    )
+    problems = {
+        "windows": taken[0] != taken[1],
+        "a window was trained twice": trained != sorted(set(trained)),
+        "versions": steps[0] != steps[1],
+        "versions do not rise": [number for number, _ in steps[1]] != list(range(1, len(steps[1]) + 1)),
+    }
+    return [problem for problem, there in problems.items() if there]
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:
