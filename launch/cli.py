@@ -337,7 +337,7 @@ def serve(
     ] = 30.0,
     batch_requests: Annotated[int, Option(min=1, help="Of a model call.")] = 32,
     batch_window_ms: Annotated[float, Option(min=0, help="Wait so long for company.")] = 0.0,
-    poll_seconds: Annotated[float, Option(min=0, help="Look for a newer version; 0: never.")] = 5.0,
+    poll_seconds: Annotated[float, Option(min=0, help="Look for a newer version; 0: never.")] = 2.0,
     threads: Annotated[int, Option(min=1, help="Of the model.")] = 1,
     reload_token_file: Annotated[
         Path | None, At(metavar="FILE", help="Holds the token of POST /reload; else it is off.")
