@@ -19,7 +19,7 @@ PAGE = "docs/architecture.md"
 ROOMS: dict[str, tuple[str, ...]] = {
     ".": ("launch", "pipelines", "trainer", "embeddings"),
     "pipelines": (
-        *("train", "profile"),
+        *("online", "train", "profile"),
         *("evaluate", "quality_report"),
         *("export", "export_version", "export_parity", "export_source"),
         *("score", "serve", "unshard"),

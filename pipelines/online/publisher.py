@@ -108,7 +108,8 @@ class VersionPublisher:
 
     def due(self, ledger: Ledger) -> bool:
         """Whether so many windows were trained since the newest version as `online.publish_every` says."""
-        trained = [each for each in ledger.entries if each.outcome == "trained" and each.step > self._step]
+        after = self._order.step if self._busy else self._step
+        trained = [each for each in ledger.entries if each.outcome == "trained" and each.step > after]
         return len(trained) >= self._settings.publish_every
 
     def offer(self, step: int, ledger: Ledger) -> None:

@@ -86,16 +86,10 @@ def test_a_stream_is_trained_at_constant_rates_in_one_phase(tmp_path: Path) -> N
 
 def test_the_command_publishes_by_a_process_beside_it(tmp_path: Path) -> None:
     stream = write_stream(tmp_path / "stream")
-    words = [
-        "online",
-        "--config",
-        "configs/dare.toml",
-        "--stream",
-        str(stream),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    words += ["--snapshots", str(tmp_path / "versions"), *overrides({**SETTINGS, "online.publish_every": 2})]
+    places = {"--stream": stream, "--out": tmp_path / "run", "--snapshots": tmp_path / "versions"}
+    words = ["online", "--config", "configs/dare.toml"]
+    words += [word for option, place in places.items() for word in (option, str(place))]
+    words += [*overrides({**SETTINGS, "online.publish_every": 2})]
     nothing = tandemrec(*words)
     assert nothing.returncode == 2 and "no window with requests is there yet" in nothing.stderr
     for number in range(5):
