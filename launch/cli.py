@@ -35,7 +35,7 @@ from launch.options import (
 )
 from launch.quick_imports import quick_imports
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
-from launch.stream_verbs import windows
+from launch.stream_verbs import online, windows
 
 app = typer.Typer(
     name="tandemrec",
@@ -291,6 +291,7 @@ def cluster(
 
 
 app.command()(windows)
+app.command()(online)
 
 
 @app.command()
@@ -336,7 +337,7 @@ def serve(
     ] = 30.0,
     batch_requests: Annotated[int, Option(min=1, help="Of a model call.")] = 32,
     batch_window_ms: Annotated[float, Option(min=0, help="Wait so long for company.")] = 0.0,
-    poll_seconds: Annotated[float, Option(min=0, help="Look for a newer version; 0: never.")] = 5.0,
+    poll_seconds: Annotated[float, Option(min=0, help="Look for a newer version; 0: never.")] = 2.0,
     threads: Annotated[int, Option(min=1, help="Of the model.")] = 1,
     reload_token_file: Annotated[
         Path | None, At(metavar="FILE", help="Holds the token of POST /reload; else it is off.")

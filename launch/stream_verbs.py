@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from launch.options import At, Overwrite
+from launch.options import At, ConfigFile, Overrides, Overwrite
 
 
 def windows(
@@ -38,3 +38,21 @@ def windows(
     names = tuple(name.strip() for name in splits.split(",") if name.strip())
     options = WindowOptions(seconds_of(every, "--every"), begin, names, max_history, pace)
     run(log, out, options, before, overwrite)
+
+
+def online(
+    config: ConfigFile,
+    stream: Annotated[Path, At(metavar="STREAM", help="The folder of a stream, see docs/online.md.")],
+    out: Annotated[Path, At(metavar="RUN", help="The run folder; one that exists goes on.")],
+    snapshots: Annotated[
+        Path | None, At(metavar="SNAP", help="Where versions are published; else nothing is.")
+    ] = None,
+    windows: Annotated[int, Option(min=0, help="To train before it ends; 0: all that are there.")] = 0,
+    follow: Annotated[bool, Option("--follow", help="Wait for more windows.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train a stream window by window and publish what was learnt."""
+    from pipelines.online.online import OnlineJob
+    from pipelines.online.online import online as run
+
+    run(config, OnlineJob(stream, out, snapshots, windows, follow), overrides or ())

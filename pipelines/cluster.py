@@ -63,8 +63,8 @@ def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: 
 def _clustered_rows(
     log: Path, manifest: LogManifest, files: SplitInfo, loaded: Snapshot, info: ClusterInfo, sizes: list[int]
 ) -> Iterator[pa.RecordBatch]:
-    tables = {t.feature: t.rows for tables in loaded.manifest.groups.values() for t in tables}
-    columns = Columns.of(manifest, {n: tables.get(n, f.rows) for n, f in manifest.features.items()})
+    bounds = loaded.id_bounds()
+    columns = Columns.of(manifest, {n: bounds.get(n, f.bound) for n, f in manifest.features.items()})
     for entry in files.files:
         footer = read_footer(log / entry.path)
         for group in range(footer.num_row_groups):
@@ -98,9 +98,15 @@ def behavior_vectors(rows: UserRows, loaded: Snapshot) -> np.ndarray[tuple[int, 
         raise SnapshotError(
             loaded.path, f"attends to {missing[0]!r}, which is no single-valued feature of the behaviors"
         )
-    ids = torch.stack([torch.from_numpy(rows.history[name].values.astype(np.int64)) for name in features])
+    keys = [loaded.id_key(group, name) for name in features]
+    ids = torch.stack(
+        [
+            torch.from_numpy(loaded.rows_of(key, rows.history[name].values.astype(np.int64)))
+            for key, name in zip(keys, features, strict=True)
+        ]
+    )
     collection = loaded.model.collections[group]
     assert isinstance(collection, nn.Module)
-    vectors = loaded.model.lookups({group: collection(one_id_bags(features, ids))})[group]
+    vectors = loaded.model.lookups({group: collection(one_id_bags(keys, ids))})[group]
     array: np.ndarray[tuple[int, int], np.dtype[np.float32]] = vectors.numpy()
     return array

@@ -12,7 +12,7 @@ from trainer.checkpoint.averages import Weights
 from trainer.ranks.device import DeviceName
 from trainer.ranks.process_group import process_group
 from trainer.run_folder import RunFolder
-from trainer.snapshot.manifest import SearchPart
+from trainer.snapshot.manifest import SearchPart, SnapshotIds
 from trainer.snapshot.search import SearchKind
 
 
@@ -56,7 +56,7 @@ def export(
 def report_lines(published: Published) -> list[str]:
     """What a version holds and how it compares, for a terminal."""
     manifest = published.manifest
-    sizes = dict.fromkeys(("tables", "search", "vocab", "code"), 0.0) | {"the rest": 0.0}
+    sizes = dict.fromkeys(("tables", "search", "ids", "vocab", "code"), 0.0) | {"the rest": 0.0}
     for path, entry in manifest.listed().items():
         folder = path.split("/")[0]
         sizes[folder if folder in sizes else "the rest"] += entry.bytes / 1e6
@@ -65,6 +65,7 @@ def report_lines(published: Published) -> list[str]:
     lines = [
         f"snapshot {published.path}: step {manifest.step}, {sum(sizes.values()):,.1f} MB ({parts}); {kinds}",
         *(_search_line(name, part) for name, part in manifest.search.items()),
+        *(_ids_line(name, entry) for name, entry in manifest.ids.items()),
     ]
     if manifest.base is not None:
         held = [(stored.held, stored.rows) for _, _, stored in manifest.matrices()]
@@ -80,3 +81,10 @@ def _search_line(branch: str, part: SearchPart) -> str:
     own = [f"{entry.side} of {entry.feature} {entry.dtype}" for entry in part.tables if not entry.table]
     held = [*([f"rows of {named} tables as they are"] if named else []), *own]
     return f"search part for {branch}: {', '.join(held)}"
+
+
+def _ids_line(name: str, entry: SnapshotIds) -> str:
+    line = f"ids of {name}: {entry.live:,} of at most {entry.capacity:,} have a row"
+    if entry.base_live is None:
+        return line
+    return f"{line}; {entry.set:,} new or moved, {entry.gone:,} gone since the base (tombstones)"

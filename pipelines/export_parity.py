@@ -84,7 +84,7 @@ def compare(trainer: PartialModel, snapshot: Snapshot, reader: SequenceLogReader
 
     def by_trainer(batch: RequestBatch) -> Tensor:
         if overlap:
-            overlap.add(trainer.search(batch), snapshot.model.search(batch))
+            overlap.add(trainer.search(batch), snapshot.search(batch))
         return trainer.score(batch)
 
     first = score_requests(by_trainer, reader, limit)

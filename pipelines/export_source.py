@@ -11,9 +11,11 @@ from torch import Tensor
 
 from embeddings.errors import CheckpointError, DataError
 from embeddings.groups import TableGroup
+from embeddings.ids.frozen import FrozenIds
 from trainer.assemble import id_bounds, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
+from trainer.checkpoint.id_files import frozen_ids
 from trainer.checkpoint.tensors import TensorReader
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.data.batch import RequestBatch
@@ -35,6 +37,7 @@ class TrainedRun:
         manifest: of the log that the run trains on; requests: of the log whose requests are compared, with
             files relative to the same folder; split: which of its splits.
         averages: the dense weights that are written instead of those of the step.
+        id_maps: of the features whose ids come and go.
     """
 
     config: Config
@@ -46,6 +49,7 @@ class TrainedRun:
     requests: LogManifest
     split: str
     averages: Mapping[str, Tensor] = field(default_factory=dict)
+    id_maps: Mapping[str, FrozenIds] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -103,10 +107,10 @@ def open_run(
             problem = f"lies within its phase, whose average misses {missing:,} steps; train it to its end"
             raise CheckpointError(path, f"{problem}, or export raw weights")
     step, given = int(found.state["step"]), requests or manifest
-    split = _split_of(given, config.data.log)
+    split, id_maps = _split_of(given, config.data.log), frozen_ids(path, config.id_rules)
     if split == "train":
         print("this log has no validation requests: scores are compared on training ones", flush=True)
-    return TrainedRun(config, manifest, groups, reader, path, step, given, split, averages)
+    return TrainedRun(config, manifest, groups, reader, path, step, given, split, averages, id_maps)
 
 
 def _check_tables(path: Path, groups: Mapping[str, TableGroup], reader: TensorReader) -> None:

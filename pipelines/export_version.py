@@ -23,6 +23,7 @@ from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.averages import Weights
 from trainer.config.tasks import names_of
 from trainer.data.batch import RequestBatch
+from trainer.data.living_ids import looked_up
 from trainer.log.schema import LogManifest
 from trainer.log.vocabulary import stream_values
 from trainer.quality.overlap import LEAST_OVERLAP, Overlap, too_small
@@ -30,9 +31,9 @@ from trainer.ranks.process_group import Ranks
 from trainer.run_folder import versions
 from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot import Snapshot, load_snapshot
+from trainer.snapshot.chain import LONGEST_CHAIN, Chain
 from trainer.snapshot.code import check_code, write_code
 from trainer.snapshot.fetching import beside
-from trainer.snapshot.loading import LONGEST_CHAIN, Chain
 from trainer.snapshot.manifest import BaseVersion, InputFeature, SnapshotManifest, VocabularyFile
 from trainer.snapshot.partial_model import PartialModel, rows_of_requests
 from trainer.snapshot.publishing import drafting, open_base, publish
@@ -148,23 +149,26 @@ def _write(
 ) -> tuple[SnapshotManifest, Parity]:
     """Everything of a version but its number, and how it compares to the trainer."""
     recorded, parity_requests = run.recorded(), options.parity_requests
-    found = rows_of_requests(run.compared(recorded, parity_requests), run.groups, run.config)
-    tables = {g.table_name(t): t.feature for g in run.groups.values() for t in g.tables}
+    batches = (looked_up(batch, run.id_maps) for batch in run.compared(recorded, parity_requests))
+    found = rows_of_requests(batches, run.groups, run.config)
+    tables = {g.table_name(t): t.key for g in run.groups.values() for t in g.tables}
     source = Source(run.config, run.groups, run.reader, _base_step(run, base))
-    wanted = {table: found.ids[feature] for table, feature in tables.items()}
+    wanted = {table: found.ids[key] for table, key in tables.items()}
     draft = Draft(part, source, dtypes, base, partial(found.watch, tables), wanted, options.search)
     raw = source.dense()
     dense = raw | dict(run.averages)
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
-    trainer = PartialModel(run.config, run.manifest, ranks, dense, found)
+    known = {**run.manifest.features, **run.manifest.context}
+    ids = draft.write_ids(run.id_maps, known)
+    trainer = PartialModel(run.config, run.manifest, ranks, dense, found, run.id_maps)
     if run.averages:
         _check_overlap(part, trainer, run, raw, [*run.compared(recorded, parity_requests)])
     bounds = BOUNDS[min(dtypes.values(), key=WIDTHS.index)]
     inputs = inputs_of(run.manifest, recorded)
-    known = {**run.manifest.features, **run.manifest.context}
+    rows = feature_rows(run.groups)
     # Of what the ids of the model's features stand for.
-    digests = {name: known[name].vocabulary for name in {**feature_rows(run.groups), **inputs}}
+    digests = {name: known[name].vocabulary for name in {**rows, **inputs}}
     manifest = SnapshotManifest(
         number=1 if base is None else base.manifest.number + 1,
         base=base and BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST)),
@@ -175,7 +179,8 @@ def _write(
         mean_bound=bounds[1],
         tasks=tuple(names_of(run.tasks)),
         numeric=tuple(run.manifest.numeric),
-        features=feature_rows(run.groups),
+        features=rows | {name: each.rules.rows for name, each in run.id_maps.items() if name in rows},
+        ids=ids,
         inputs=inputs,
         recorded_features=tuple(recorded.features.keys()),
         recorded_context=() if recorded.context is None else tuple(recorded.context.keys()),

@@ -36,6 +36,7 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.checkpoint.dense_start import TaskHeads
 from trainer.checkpoint.files import bytes_of_all
+from trainer.checkpoint.plain_ids import take_ids
 from trainer.checkpoint.same_tasks import check_same_tasks
 from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.places import place_of
@@ -46,6 +47,7 @@ from trainer.data.observed import unobserved_lines
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
+from trainer.loop.living import lines_of
 from trainer.loop.loop import Trainer
 from trainer.loop.phases import Phase, branches_of, check_measured, phases_for, place_of_phase
 from trainer.loop.pipeline import kind_for
@@ -116,6 +118,8 @@ class Start:
 
     def trainer(self, sharded: ShardedModel, say: Say, kind: type[Kind]) -> Kind:
         """The model with everything that trains it, still with its first weights; collective."""
+        for line in lines_of(self.config, self.ranks.world_size):
+            say(line)
         plan = to_tree(sharded.plan)
         fresh = partial(_fresh_dense, self.config, self.manifest)
         supply = Supply(sharded.groups, fresh, self.reader, self.domains)
@@ -157,12 +161,14 @@ class Start:
 
             def filled(tensors: dict[str, Any]) -> None:
                 # Ranks read different rows of large files, some for longer than a collective waits.
-                every = from_every_rank(
-                    lambda: fill(tensors, source, log, self.manifest, heads, carry), slow=True
-                )
+                given = source, log, self.manifest, heads, carry, self.config.id_rules
+                every = from_every_rank(lambda: fill(tensors, *given), slow=True)
                 lines.extend(every[0])
 
             trainer.load(filled)
+            if (living := trainer.living) is not None:
+                ids = source.path, source.manifest.ids
+                lines.extend(from_every_rank(lambda: take_ids(*ids, living.stage))[0])
         say("\n".join([f"weights from {path}, step {source.manifest.step:,}", *lines]))
 
 
@@ -228,10 +234,11 @@ def open_start(
         say(f"validation: {drawn} (train.validate_candidates = 0 takes all)")
     for line in from_rank_0(lambda: list(unobserved_lines(train, manifest)), slow=True):
         say(line)
-    if not config.phases:
+    if not config.phases and manifest is log:
         for line in schedule_remarks(config.train, train.candidates, config.data.batch_candidates):
             say(line)
-    start = Start(config, manifest, folder, ranks, resume, fingerprint, groups, train, validation, domains)
+    of_log = config, manifest, folder, ranks, resume, fingerprint, groups, train, validation, domains
+    start = Start(*of_log, readers={"train": train})
     # What they name is there.
     _ = [start.reader(each) for phase in phases for each in (phase, *branches_of(phase))]
     return start
@@ -279,7 +286,8 @@ def try_out(start: Start, say: Say) -> None:
         say(f"tables of {size / 1e9:,.1f} GB were planned, not built")
         source = start.config.train.init_from
         if source and start.resume.path is None:
-            from_rank_0(lambda: check_source(built[0], start.heads, place_of("train.init_from", source)))
+            place, ids = place_of("train.init_from", source), start.config.id_rules
+            from_rank_0(lambda: check_source(built[0], start.heads, place, ids))
     if start.validation is not None:
         _first(start.validation)
     if start.manifest.holds("test"):

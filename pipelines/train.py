@@ -14,7 +14,7 @@ from embeddings.plan.planner import Placement
 from pipelines.console import quiet_third_parties, table_lines
 from pipelines.profile import StepProfile
 from pipelines.quality_report import baselines_key, remarks, without
-from pipelines.start import open_start, try_out
+from pipelines.start import Kind, Start, open_start, try_out
 from trainer.assemble import build_sharded
 from trainer.checkpoint import save_load as checkpoint
 from trainer.config.places import place_of
@@ -89,6 +89,22 @@ def run(
     say = _say(ranks)
     start = open_start(config, out, ranks, say)
     folder, resume = start.folder, start.resume
+    trainer = trainer_of(start, say, Trainer)
+    trainer.after_step = after_step
+    with ExitStack() as opened:
+        if profiled:
+            profile = opened.enter_context(closing(StepProfile(trainer.model, out, ranks, say)))
+            trainer.after_step = profile.after_step
+        opened.enter_context(ending_well(folder, ranks.speaks))
+        # Rank 0 holds the folder's lock; all hear where it cannot.
+        from_rank_0(lambda: opened.enter_context(folder.lock()))
+        end = trainer.run(resume)
+    _conclude(trainer, end, resume, start.manifest, say)
+
+
+def trainer_of(start: Start, say: Callable[[str], None], kind: type[Kind]) -> Kind:
+    """Place the tables of a run, build its model and what trains it; collective."""
+    config, ranks, resume = start.config, start.ranks, start.resume
     sharded = build_sharded(
         config,
         start.manifest,
@@ -103,18 +119,9 @@ def run(
     say("\n".join(plan_lines(sharded.placements, ranks.world_size)))
     if (mapped := config.plan.mapped_folder) and ranks.device.type == "cpu":
         say(f"tables and their optimizer's state lie in mapped files of {mapped}, which show no name there")
-    trainer = start.trainer(sharded, say, Trainer)
-    start.fill(trainer, folder.first_weights, say)
-    trainer.after_step = after_step
-    with ExitStack() as opened:
-        if profiled:
-            profile = opened.enter_context(closing(StepProfile(sharded.model, out, ranks, say)))
-            trainer.after_step = profile.after_step
-        opened.enter_context(ending_well(folder, ranks.speaks))
-        # Rank 0 holds the folder's lock; all hear where it cannot.
-        from_rank_0(lambda: opened.enter_context(folder.lock()))
-        end = trainer.run(resume)
-    _conclude(trainer, end, resume, start.manifest, say)
+    trainer = start.trainer(sharded, say, kind)
+    start.fill(trainer, start.folder.first_weights, say)
+    return trainer
 
 
 def _conclude(

@@ -81,6 +81,13 @@ class Config(Settings):
         """Name of a map of ids that come and go -> its rules, see `IdsConfig.rules`."""
         return rules_of(self.ids, self.train.seed)
 
+    def own_keys(self, group: str) -> tuple[dict[str, str], dict[str, int]]:
+        """What `TableGroup.with_keys` wants: features of which the group has its own capacity."""
+        keys = {
+            feature: part_name(feature, group) for feature, ids in self.ids.items() if group in ids.groups
+        }
+        return keys, {name: rules.rows for name, rules in self.id_rules.items()}
+
     @model_validator(mode="after")
     def _check_towers(self) -> Config:
         for name, task in self.tasks.items():
@@ -276,10 +283,7 @@ def build_groups(
         allowed = (context_rows or {}) if of_context else item_rows
         own = {feature: sizes[feature] for feature in allowed}
         groups[name] = _build_group(name, group, own, tasks, sizes.get(config.data.domain, 0))
-        groups[name] = groups[name].with_keys(
-            {feature: part_name(feature, name) for feature, ids in config.ids.items() if name in ids.groups},
-            {key: rules.rows for key, rules in config.id_rules.items()},
-        )
+        groups[name] = groups[name].with_keys(*config.own_keys(name))
     for branch in config.model.all_branches().values():
         _check_branch(branch, groups)
     _check_model(config, groups)

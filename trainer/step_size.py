@@ -20,6 +20,7 @@ from trainer.data.blocks import LazyRows, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
 from trainer.data.row_group import read_footer
 from trainer.data.rows import read_plan
+from trainer.data.stream.source import SPLIT
 from trainer.log.schema import LogManifest
 from trainer.model.settings import BranchConfig, ModelConfig
 from trainer.run_config import Config
@@ -56,7 +57,9 @@ def step_size(config: DataConfig, manifest: LogManifest, behaviors: int | None =
         DataError: the log's train split is missing, unreadable or without candidates.
     """
     totals, blocks, costs = [0, 0, 0], [], []
-    files = manifest.splits["train"].files if "train" in manifest.splits else []
+    # That of a window has no other split.
+    split = "train" if "train" in manifest.splits else SPLIT
+    files = manifest.splits[split].files if split in manifest.splits else []
     # An iterator, so that no more files are opened than are needed.
     places = (
         RowGroup(config.log / entry.path, group)

@@ -167,6 +167,19 @@ class BucketMap:
         order = np.argsort(ids, kind="stable")
         return ids[order], slots[order] + rules.first_row(buckets)
 
+    @staticmethod
+    def state_of_entries(
+        ids: Ids, rows: Int64s, last: Int64s, uses: Int64s, rules: IdRules
+    ) -> dict[str, npt.NDArray[Any]]:
+        """The state of a whole map with these entries, without what admission keeps."""
+        size = rules.rows - rules.shared_rows
+        state = {name: np.zeros(size, dtype=np.int64) for name in ("keys", "last", "uses")}
+        marks, slots = np.zeros(size, dtype=np.uint8), rows - rules.shared_rows
+        marks[slots] = _mark(hashed(ids))
+        for name, values in (("keys", ids), ("last", last), ("uses", uses)):
+            state[name][slots] = values
+        return {"marks": marks, **state}
+
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """What a checkpoint keeps, bucket after bucket; the arrays are the map's own.
 

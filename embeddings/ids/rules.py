@@ -80,9 +80,20 @@ class IdRules:
         return self.capacity // self.buckets
 
     @property
+    def map_bytes(self) -> int:
+        """Host memory of the whole map, without ids that `count` counts exactly: some 10 bytes each."""
+        sketched = self.admission == "count" and self.counter == "sketch"
+        return 25 * (self.rows - self.shared_rows) + (8 * self.sketch_cells if sketched else 0)
+
+    @property
     def rows(self) -> int:
         """Rows of the feature's tables: the shared ones, then those of the buckets."""
         return self.shared_rows + self.buckets * self.ways
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """What decides which rows an id may have."""
+        return self.shared_rows, self.buckets, self.ways
 
     @property
     def admission_state(self) -> tuple[str, ...]:

@@ -198,6 +198,8 @@ def _health(service: Service) -> HealthBody:
         history_length=scorer.data.history_length,
         histories=len(histories or ()),
         raw=sorted(scorer.vocabularies),
+        living=sorted(name for name in scorer.needs.living if "@" not in name),
+        hashed=sorted(name for name in scorer.needs.hashed if "@" not in name),
         users=users,
         uptime_seconds=time.monotonic() - service.started,
         refused={"version": refused[0], "problem": refused[1]} if refused else None,
@@ -256,5 +258,6 @@ def _add_page(app: FastAPI, service: Service) -> None:
         histories = service.versions.histories
         if histories is None or user_id not in histories:
             raise RequestError(404, f"no stored history of user {str(user_id)[:20]}")
-        tasks = service.versions.scorer.columns.labels.tasks
-        return await service.in_thread(user_body, histories, user_id, tasks, service.limits)
+        scorer = service.versions.scorer
+        given = histories, user_id, scorer.columns.labels.tasks, service.limits, scorer.needs.living
+        return await service.in_thread(user_body, *given)

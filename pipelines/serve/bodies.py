@@ -25,7 +25,8 @@ class ResultBody(BaseModel):
         history_used: behaviors that the model could see: older than the request, and at most as many as it
             reads; the newest of those that were sent.
         items: of a body with raw ids, the candidates' `item_id` as they were sent.
-        unknown: of a body with raw ids, how many stand for nothing the model was trained on, by place.
+        unknown: of a body with raw ids, how many stand for nothing the model was trained on, by place; of
+            features whose ids come and go, how many have no row of their own.
     """
 
     scores: dict[str, list[float]]
@@ -61,6 +62,8 @@ class HealthBody(BaseModel):
 
     Attributes:
         raw: features whose raw values may be sent instead of ids.
+        living: features whose ids come and go, and may be any 64-bit integers; hashed: those of them that may
+            be sent as text in a body of raw values.
         users: what a raw `user_id` is, `text` or `integers`; None: the server has no histories.
         refused: the newest version that was refused; updates: why newer ones cannot be looked for.
     """
@@ -75,6 +78,8 @@ class HealthBody(BaseModel):
     history_length: int
     histories: int
     raw: list[str]
+    living: list[str]
+    hashed: list[str]
     users: str | None
     uptime_seconds: float
     refused: dict[str, str] | None

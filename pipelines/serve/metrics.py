@@ -39,7 +39,7 @@ class Metrics:
         self.poll_failures = counter("tandemrec_poll_failures", "Looks for a newer version that failed")
         self.poll_failing = gauge("tandemrec_poll_failing", "1 while looking for a newer version fails")
         self.in_flight = gauge("tandemrec_in_flight_bytes", "Bytes held for bodies and answers")
-        self.unknown = counter("tandemrec_unknown_values", "Raw values that stand for no id")
+        self.unknown = counter("tandemrec_unknown_values", "Values that the model does not know")
 
     def serving(self, scorer: Scorer) -> None:
         """Another version is served from now on."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel
 
 from trainer.config.tasks import Task
@@ -19,6 +20,9 @@ from trainer.serving.request import Limits
 _MOST_USERS, _MOST_REQUESTS = 500, 12
 # Surely of 64 bits.
 _WHOLE = re.compile(r"\s*-?[0-9]{1,18}\s*")
+
+
+Ids = list[int] | list[str] | list[list[int]] | list[list[str]]
 
 
 class UserLine(BaseModel):
@@ -37,11 +41,14 @@ class UsersBody(BaseModel):
 
 
 class RequestLine(BaseModel):
-    """A logged request, in the form of a body's request, and its labels by task; None: not observed."""
+    """A logged request, in the form of a body's request, and its labels by task; None: not observed.
+
+    Ids that come and go are decimal text, since they may be larger than a browser's numbers are exact.
+    """
 
     time: int
-    candidates: dict[str, list[int] | list[list[int]]]
-    context: dict[str, list[int]]
+    candidates: dict[str, Ids]
+    context: dict[str, list[int] | list[str]]
     numeric: dict[str, list[float]]
     labels: dict[str, list[float | None]]
 
@@ -60,7 +67,7 @@ class UserBody(BaseModel):
     name: str
     skipped: int
     timestamp: list[int]
-    features: dict[str, list[int]]
+    features: dict[str, list[int] | list[str]]
     requests: list[RequestLine]
     names: dict[str, dict[int, str]]
     taxonomy: list[str]
@@ -85,8 +92,18 @@ def users_body(histories: HistoryStore | None, name: str | None = None) -> Users
     return UsersBody(total=len(histories), users=lines)
 
 
-def user_body(histories: HistoryStore, user: int, tasks: Sequence[Task], limits: Limits) -> UserBody:
-    """The newest behaviors that a model may read, and labels of its tasks; KeyError for an unknown user."""
+def user_body(
+    histories: HistoryStore,
+    user: int,
+    tasks: Sequence[Task],
+    limits: Limits,
+    living: Collection[str] = (),
+) -> UserBody:
+    """The newest behaviors that a model may read, and labels of its tasks; KeyError for an unknown user.
+
+    Args:
+        living: features whose ids come and go.
+    """
     history, manifest = histories[user], histories.manifest
     rows, logged = histories.requests(user)
     logged = logged[-_MOST_REQUESTS:]
@@ -96,8 +113,10 @@ def user_body(histories: HistoryStore, user: int, tasks: Sequence[Task], limits:
         part = slice(*rows.candidate_offsets[r : r + 2].tolist())
         request = RequestLine(
             time=int(rows.request_time[r]),
-            candidates={name: _lists(bags.part(part)) for name, bags in rows.candidates.items()},
-            context={n: bags.part(slice(r, r + 1)).values.tolist() for n, bags in rows.context.items()},
+            candidates={n: _lists(bags.part(part), n in living) for n, bags in rows.candidates.items()},
+            context={
+                n: _listed(bags.part(slice(r, r + 1)).values, n in living) for n, bags in rows.context.items()
+            },
             numeric={name: rows.numeric[part, x].tolist() for x, name in enumerate(manifest.numeric)},
             labels=_labels(wanted, dict(zip(manifest.tasks, rows.labels[part].T, strict=True))),
         )
@@ -114,7 +133,7 @@ def user_body(histories: HistoryStore, user: int, tasks: Sequence[Task], limits:
         name=histories.name(user),
         skipped=max(history.time.size - limits.history, 0),
         timestamp=history.time[-limits.history :].tolist(),
-        features={name: ids.tolist() for name, ids in features.items()},
+        features={name: _listed(ids, name in living) for name, ids in features.items()},
         requests=requests,
         names=names,
         taxonomy=manifest.taxonomy,
@@ -135,10 +154,14 @@ def _labels(wanted: TaskLabels, of_log: Mapping[str, Floats]) -> dict[str, list[
     }
 
 
-def _lists(bags: Bags) -> list[int] | list[list[int]]:
+def _lists(bags: Bags, text: bool) -> Ids:
     if bags.offsets is None:
-        return cast("list[int]", bags.values.tolist())
-    return [ids.tolist() for ids in np.split(bags.values, bags.offsets[1:-1])]
+        return _listed(bags.values, text)
+    return cast("Ids", [_listed(ids, text) for ids in np.split(bags.values, bags.offsets[1:-1])])
+
+
+def _listed(ids: npt.NDArray[np.integer[Any]], text: bool) -> list[int] | list[str]:
+    return cast("list[int] | list[str]", (ids.astype(str) if text else ids).tolist())
 
 
 def _first_ids(bags: Bags) -> Ints:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from trainer.serving.request import Limits
 from trainer.serving.versions import Versions
 from trainer.snapshot import Snapshot
 from trainer.snapshot.loading import RecordedRequests
-from trainer.snapshot.manifest import InputFeature, SnapshotManifest, VocabularyFile
+from trainer.snapshot.manifest import InputFeature, SnapshotIds, SnapshotManifest, VocabularyFile
 from trainer.snapshot.publishing import drafting, publish
 from trainer.snapshot.writing import Draft, Source, finish
 
@@ -55,6 +55,7 @@ class Described:
     vocabularies: dict[str, str]
     inputs: dict[str, InputFeature]
     vocabulary_files: tuple[VocabularyFile, ...] = ()
+    ids: dict[str, SnapshotIds] = field(default_factory=dict)
     step: int = 7
     score_bound: float = 1e-6
     mean_bound: float = 1e-6

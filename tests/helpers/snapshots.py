@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embeddings.ids.stage import IdStage
 from pipelines.export import export
 from tests.helpers.models import drawing, preset
 from trainer.assemble import build_sharded
 from trainer.checkpoint import save_load as checkpoint
+from trainer.checkpoint.id_files import IdFiles
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import process_group
 from trainer.run_config import Config
@@ -26,11 +28,17 @@ Change = Callable[[dict[str, Tensor]], None]
 
 
 def save_run(
-    folder: Path, log: Path, name: str = "dare", *overrides: str, step: int = 1, change: Change | None = None
+    folder: Path,
+    log: Path,
+    name: str = "dare",
+    *overrides: str,
+    step: int = 1,
+    change: Change | None = None,
+    ids: IdStage | None = None,
 ) -> Path:
     """A run folder with one checkpoint more: seeded weights, those that would be zero drawn, then `change`d.
 
-    `change` is given every weight by the name of its table or dense tensor.
+    `change` is given every weight by the name of its table or dense tensor; `ids`: the maps that are saved.
     """
     config: Config = preset(name, log, *overrides)
     RunFolder(folder).write_config(config)
@@ -48,7 +56,8 @@ def save_run(
                     nn.init.normal_(weight, std=0.5, generator=rng)
         with torch.no_grad():
             (change or (lambda _: None))(weights)
-        checkpoint.save(folder / "checkpoints", step, {"model": state}, {"step": step}, 9)
+        besides = [] if ids is None else [IdFiles.of(ids).write]
+        checkpoint.save(folder / "checkpoints", step, {"model": state}, {"step": step}, 9, besides=besides)
     return folder
 
 

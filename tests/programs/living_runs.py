@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from embeddings.ids.bucket_map import BucketMap
 from embeddings.ids.parts import part_for
 from tests.helpers.forked import one_thread
 from tests.helpers.logs import Shape, random_rows, write_log
 from tests.programs.delta_runs import also_in_full, compared
 from tests.programs.saving_runs import Runs, at_step, digests, terminate
-from trainer.checkpoint import files, id_files
+from trainer.checkpoint import files
+from trainer.checkpoint.id_files import SavedMaps
 from trainer.checkpoint.tensors import TensorReader
 from trainer.log.schema import FeatureInfo
+from trainer.run_config import Config
 
 ITEMS = 500
 # Two buckets of 65 rows, so that some of four ranks have none.
@@ -36,6 +37,13 @@ IDS = {
     "data__batch_candidates": 40,
     "data__order": "stored",
 }
+
+
+PHASES = [
+    {"name": "a", "passes": 3, "early_stopping": {"patience": 2}},
+    {"name": "b", "steps": 2, "freeze": ["tables"]},
+    {"name": "c", "steps": 2, "reset": ["groups.attention"]},
+]
 
 
 def raw_log(path: Path, users: int = 24) -> Path:
@@ -68,18 +76,21 @@ class LivingRuns(Runs):
         assert done["codes"] == [0] * ranks, done["said"]
         return done
 
+    def config(self, **changes: Any) -> Config:
+        phases = changes.pop("phases", None)
+        found = super().config(**changes)
+        return found if phases is None else Config.model_validate({**found.model_dump(), "phases": phases})
 
-def maps(run: Path) -> dict[str, dict[str, Any]]:
-    """Of each checkpoint: the clock, and every array of the whole map as a list."""
+
+def maps(run: Path, name: str = "item_id") -> dict[str, dict[str, Any]]:
+    """Of each checkpoint: the clock, and every array of a whole map as a list."""
     found = {}
     for path in sorted(files.checkpoints(run / "checkpoints")):
-        headers = id_files._open(path)
-        rules = id_files.IdRules(**headers[0].maps["item_id"][1]["rules"])
-        every = [file.part("item_id") for file in headers]
-        state = part_for(range(rules.buckets), every, rules, rules)
-        BucketMap(rules, range(rules.buckets)).load(state)
+        saved = SavedMaps.open(path)
+        rules = saved.rules()[name]
+        state = part_for(range(rules.buckets), saved.parts(name), rules, rules)
         found[path.name] = {
-            "clock": headers[0].clock,
+            "clock": saved.clock,
             **{key: array.tolist() for key, array in state.items()},
         }
     return found
@@ -96,6 +107,20 @@ def tables_differ(one: Path, other: Path) -> float:
 def counts(run: Path) -> list[dict[str, int]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["ids.item_id"] for line in lines if line["split"] == "train"]
+
+
+def phased(runs: LivingRuns, root: Path) -> dict[str, Any]:
+    """A run that goes back to its best weights, freezes all tables, and draws some anew; on 2 ranks and 1."""
+    own = {"ids__item_id__groups__attention": 70, "train__validate_every": 2, "checkpoint__every_steps": 0}
+    own |= {"train__max_steps": 0, "train__epochs": 1, "phases": PHASES}
+    found = {}
+    for ranks, pipeline in ((2, "sparse_dist"), (1, "none")):
+        run = f"phased-{ranks}"
+        done = runs.live(run, ranks, **own, train__pipeline=pipeline)
+        of_last = [[*maps(root / run, name).values()][-1] for name in ("item_id", "item_id@attention")]
+        lines = [line for line in done["said"].splitlines() if "ends with its best weights" in line]
+        found[str(ranks)] = {"maps": of_last, "lines": lines, "counts": counts(root / run)}
+    return found
 
 
 def main(root: Path) -> None:
@@ -120,6 +145,7 @@ def main(root: Path) -> None:
     many = {"ids__item_id__capacity": 2000, "checkpoint__full_every": 99, "checkpoint__every_steps": 1}
     runs.live("deltas", 2, also_in_full(root / "deltas full"), **{**ahead, **many, "train__max_steps": 4})
     report["deltas"] = compared(root / "deltas", root / "deltas full")
+    report["phased"] = phased(runs, root)
     (root / "report.json").write_text(json.dumps(report))
 
 

@@ -146,6 +146,11 @@ def row_parts(tensors: Mapping[str, Any]) -> dict[ShardKey, dict[str, LocalShard
     return found
 
 
+def rows_of_tables(tensors: Mapping[str, Any]) -> dict[ShardKey, tuple[Tensor, ...]]:
+    """The same as bare tensors, weights first."""
+    return {key: tuple(part.tensor for part in each.values()) for key, each in row_parts(tensors).items()}
+
+
 def names_of_rows(tensors: Mapping[str, Any], tables: set[str]) -> list[str]:
     """The names in a checkpoint of all tensors that hold rows of some tables, if this rank has such rows."""
     return [name for table, parts in _tensors_of_rows(tensors) if table in tables for name in parts]

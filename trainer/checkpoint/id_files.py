@@ -1,9 +1,10 @@
 """Maps from raw ids to rows, in files of a checkpoint, one a rank.
 
-ids-00000.safetensors   of rank 0: of each feature the buckets that the rank looks after
-  <n>.<array>           of feature n, see `embeddings.ids.bucket_map.BucketMap.state`
+ids-00000.safetensors   of rank 0: of each map the buckets that the rank looks after
+  <n>.<array>           of map n, see `embeddings.ids.bucket_map.BucketMap.state`
 whose header says, as JSON, `version`, `clock` (see `embeddings.ids.stage.IdStage`) and under `maps`, of each
-feature in its order, its name, its rules, its buckets and its arrays.
+map in its order, its name, its rules, its buckets and its arrays. A map has the name of its feature; see
+`embeddings.ids.rules.IdRules.within`.
 
 The number of ranks that wrote them does not matter to whoever reads them.
 """
@@ -74,7 +75,7 @@ class IdFiles:
         }
         maps = [
             {
-                "feature": name,
+                "name": name,
                 "rules": asdict(self.rules[name]),
                 "buckets": [self.buckets[name].start, self.buckets[name].stop],
                 "arrays": [*state],
@@ -111,20 +112,18 @@ def read_stage(path: Path, stage: IdStage) -> list[str]:
     Raises:
         CheckpointError: it has no map of a feature, or one of other rows; or a file cannot be read.
     """
-    files = _open(path)
-    lines = []
+    saved, lines = SavedMaps.open(path), []
     for name, own in stage.maps.items():
-        before = _rules_of(path, files, name, stage.rules[name])
-        parts = [file.part(name) for file in files if file.overlaps(name, own.buckets)]
+        before = saved.checked(name, own.rules)
         try:
-            own.load(part_for(own.buckets, parts or [files[0].part(name)], own.rules, before))
+            own.load(part_for(own.buckets, saved.parts(name, own.buckets), own.rules, before))
         except (ValueError, KeyError, OSError) as error:
             raise_of_store(path, error)
             raise CheckpointError(path, f"its map of {name} cannot be read: {error}") from None
         if own.rules.admission_state != before.admission_state:
             words = [" ".join(each.admission_state) for each in (before, own.rules)]
             lines.append(f"ids.{name}: admission was {words[0]} and is {words[1]} now, and begins anew")
-    stage.clock[:] = files[0].clock
+    stage.clock[:] = saved.clock
     return lines
 
 
@@ -137,11 +136,13 @@ def frozen_ids(path: Path, rules: Mapping[str, IdRules]) -> dict[str, FrozenIds]
     Raises:
         CheckpointError: as in `read_stage`.
     """
-    files, found = _open(path) if rules else [], {}
+    if not rules:
+        return {}
+    saved, found = SavedMaps.open(path), {}
     for name, each in rules.items():
-        _rules_of(path, files, name, each)
+        saved.checked(name, each)
         try:
-            found[name] = frozen([file.part(name) for file in files], each)
+            found[name] = frozen(saved.parts(name), each)
         except (ValueError, KeyError, OSError) as error:
             raise_of_store(path, error)
             raise CheckpointError(path, f"its map of {name} cannot be read: {error}") from None
@@ -188,39 +189,74 @@ class _File:
         return np.memmap(self.path, dtype, "r", begin, shape)
 
 
-def _rules_of(path: Path, files: list[_File], feature: str, now: IdRules) -> IdRules:
-    """The rules by which the map of a checkpoint was made.
+@dataclass(frozen=True)
+class SavedMaps:
+    """The maps of a verified checkpoint; it may have none.
 
-    Raises:
-        CheckpointError: it has no such map, or its rows are not those of `now`.
+    Attributes:
+        files: of its ranks, those of rank 0 first.
     """
-    if not files or feature not in files[0].maps:
-        problem = f"has no map of the ids of {feature}, which ids.{feature} asks for; it was trained without"
-        raise CheckpointError(path, f"{problem}: leave ids.{feature} out, or train a new run")
-    before = IdRules(**files[0].maps[feature][1]["rules"])
-    for key in _FIXED:
-        if (was := getattr(before, key)) != (wanted := getattr(now, key)):
-            problem = f"was trained with ids.{feature}.{key} = {was}, now it is {wanted}"
-            raise CheckpointError(path, f"{problem}; set it back, or train a new run")
-    return before
+
+    path: Path
+    files: tuple[_File, ...]
+
+    @staticmethod
+    def open(path: Path) -> SavedMaps:
+        """Read the headers.
+
+        Raises:
+            CheckpointError: a header says something else than this version writes.
+        """
+        found = []
+        for file in sorted(file for file in path.iterdir() if is_id_file(file.name)):
+            try:
+                found.append(_read_header(file))
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                raise_of_store(file, error)
+                raise CheckpointError(file, f"its header cannot be read: {error}") from None
+        return SavedMaps(path, tuple(found))
+
+    @property
+    def clock(self) -> tuple[int, int]:
+        """See `embeddings.ids.stage.IdStage`."""
+        now, steps = self.files[0].clock
+        return now, steps
+
+    def rules(self) -> dict[str, IdRules]:
+        """Name of a map -> the rules by which it was made."""
+        maps = self.files[0].maps if self.files else {}
+        return {name: IdRules(**entry["rules"]) for name, (_, entry) in maps.items()}
+
+    def parts(self, name: str, buckets: range | None = None) -> list[MapPart]:
+        """What the files hold of a map, one at least: all, or those with some of these buckets."""
+        wanted = [file for file in self.files if buckets is None or file.overlaps(name, buckets)]
+        return [file.part(name) for file in wanted or self.files[:1]]
+
+    def checked(self, name: str, now: IdRules) -> IdRules:
+        """The rules by which a map was made.
+
+        Raises:
+            CheckpointError: there is no such map, or its rows are not those of `now`.
+        """
+        before, key = self.rules().get(name), f"ids.{name.partition('@')[0]}"
+        if before is None:
+            problem = f"has no map of the ids of {name}, which {key} asks for; it was trained without"
+            raise CheckpointError(self.path, f"{problem}: leave {key} out, or train a new run")
+        for setting in _FIXED:
+            if (was := getattr(before, setting)) != (wanted := getattr(now, setting)):
+                problem = f"its map of {name} has {setting} = {was}, by {key} it is {wanted} now"
+                raise CheckpointError(self.path, f"{problem}; set it back, or train a new run")
+        return before
 
 
-def _open(path: Path) -> list[_File]:
-    """The headers of all files of a verified checkpoint, those of rank 0 first."""
-    found = []
-    for file in sorted(file for file in path.iterdir() if is_id_file(file.name)):
-        try:
-            length = int.from_bytes(read_range(file, 0, 8), "little")
-            header: dict[str, Any] = json.loads(read_range(file, 8, 8 + length))
-            notes = header.pop("__metadata__")
-            if notes["format"] != "tandemrec.ids" or int(notes["version"]) > _VERSION:
-                raise ValueError(f"it is {notes['format']} of version {notes['version']}")
-            maps = {each["feature"]: (number, each) for number, each in enumerate(json.loads(notes["maps"]))}
-            found.append(_File(file, 8 + length, header, maps, json.loads(notes["clock"])))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise_of_store(file, error)
-            raise CheckpointError(file, f"its header cannot be read: {error}") from None
-    return found
+def _read_header(file: Path) -> _File:
+    length = int.from_bytes(read_range(file, 0, 8), "little")
+    header: dict[str, Any] = json.loads(read_range(file, 8, 8 + length))
+    notes = header.pop("__metadata__")
+    if notes["format"] != "tandemrec.ids" or int(notes["version"]) > _VERSION:
+        raise ValueError(f"it is {notes['format']} of version {notes['version']}")
+    maps = {each["name"]: (number, each) for number, each in enumerate(json.loads(notes["maps"]))}
+    return _File(file, 8 + length, header, maps, json.loads(notes["clock"]))
 
 
 def is_id_file(name: str) -> bool:

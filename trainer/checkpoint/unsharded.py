@@ -6,6 +6,8 @@
                                   row-wise Adagrad, [rows, dim] for Adagrad, none for SGD; the tables of a
                                   set lie in a folder of their own, as their names say
     DIR/dense.safetensors         every other weight, by its name in the model
+    DIR/ids/<map>.safetensors   which ids the rows belong to, where they come and go; see
+                                  `trainer.checkpoint.plain_ids`
     DIR/vocab/<feature>.parquet   what the rows stand for, where the log says
 
 A table goes from the checkpoint's shards into its file a block of rows at a time, so that only that must fit
@@ -30,6 +32,7 @@ from embeddings.errors import CheckpointError
 from embeddings.groups import TableName
 from embeddings.lookup.sharding import table_of
 from trainer.checkpoint import files as checkpoint_files
+from trainer.checkpoint.plain_ids import PlainIds, write_ids
 from trainer.checkpoint.tensor_stream import TensorStream
 from trainer.checkpoint.tensors import TensorReader
 from trainer.config.toml import Settings
@@ -62,11 +65,11 @@ class PlainFile(Settings):
 class PlainManifest(Settings):
     """What a folder of plain tables holds; `vocabularies` as in the log: feature -> digest, or empty.
 
-    Version 2 says the tasks and may have tables of sets; 1 is still read.
+    Version 2 says the tasks and may have tables of sets; 1 is still read. Version 3 has maps of ids.
     """
 
     format: Literal["tandemrec.plain-tables"] = "tandemrec.plain-tables"
-    version: Literal[1, 2] = 2
+    version: Literal[1, 2, 3] = 2
     step: int = Field(ge=0)
     tables: dict[InnerPath, PlainTable]
     dense: dict[str, tuple[int, ...]]
@@ -74,6 +77,7 @@ class PlainManifest(Settings):
     rows: dict[str, int]
     config: dict[str, Any]
     files: dict[InnerPath, PlainFile]
+    ids: dict[FileName, PlainIds] = Field(default_factory=dict)
     tasks: tuple[str, ...] | None = None
     """The tasks with towers, in the order of the head's rows; None: written before these were kept."""
 
@@ -163,8 +167,11 @@ def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...
     for entry in used.values():
         if entry.info.vocabulary:
             copy_file(entry.file, part / "vocab" / entry.file.name)
+    maps = write_ids(path, part)
     files = sorted(p for p in part.rglob("*") if p.is_file())
     manifest = PlainManifest(
+        version=3 if maps else 2,
+        ids=maps,
         step=state["step"],
         tables=tables,
         dense={name: tuple(tensor.shape) for name, tensor in dense.items()},

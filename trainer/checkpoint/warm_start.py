@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from embeddings.agreement import from_every_rank, from_rank_0
 from embeddings.errors import CheckpointError, DataError, TandemError
 from embeddings.groups import TableName
+from embeddings.ids.rules import IdRules
 from embeddings.lookup.sharding import table_of
 from embeddings.lookup.shards import local_shards
 from embeddings.private import ShardedTensor
 from trainer.checkpoint.compatible import log_fingerprint
 from trainer.checkpoint.dense_start import TaskHeads, fill_dense, tower_names
+from trainer.checkpoint.plain_ids import check_ids
 from trainer.checkpoint.save_load import find_to_use
 from trainer.checkpoint.unsharded import PlainManifest, PlainTables, Vocabulary, open_plain_tables, unshard
 from trainer.config.tasks import resolve_tasks
@@ -139,6 +141,7 @@ def fill(
     manifest: LogManifest,
     heads: TaskHeads,
     carry: bool,
+    ids: Mapping[str, IdRules] | None = None,
 ) -> list[str]:
     """Put the source's weights into a model's tensors, this rank's shards of them.
 
@@ -146,6 +149,7 @@ def fill(
         tensors: the state dict of a new run (`model`, `optim`), filled in place.
         source: whose weights; log, manifest: what the new run trains on; heads: of its tasks.
         carry: fill the rows' optimizer accumulators too.
+        ids: rules of the new run's maps of ids that come and go; rows stay those of the same ids.
 
     Returns:
         Lines that say what was found.
@@ -155,6 +159,7 @@ def fill(
         DataError: a vocabulary is missing or damaged, or holds values of another type.
     """
     model: Mapping[str, Any] = tensors["model"]
+    check_ids(source.name, source.manifest.ids, ids or {})
     tables = {table_of(name): name for name in model if table_of(name) in source.manifest.tables}
     new = _check_tables(model, source, heads)
     known, lines = vocabularies(manifest, log / "vocab"), fill_dense(_dense(model), source, heads)
@@ -167,7 +172,8 @@ def fill(
         lines.append(
             "accumulators start fresh: each task has its own (update = per_task), the source had one"
         )
-    maps: dict[str, Tensor | None] = {}
+    # Rows of ids that come and go belong to the same ids, whose map is taken over as well.
+    maps: dict[str, Tensor | None] = dict.fromkeys(ids or {})
     used: set[Path | None] = set()
     for table, name in tables.items():
         entry = source.manifest.tables[table]
@@ -191,7 +197,7 @@ def fill(
     return lines
 
 
-def check_source(model: nn.Module, heads: TaskHeads, path: Path) -> None:
+def check_source(model: nn.Module, heads: TaskHeads, path: Path, ids: Mapping[str, IdRules]) -> None:
     """Whether a model could start with weights from there, without reading all of them; one process.
 
     Raises:
@@ -201,6 +207,7 @@ def check_source(model: nn.Module, heads: TaskHeads, path: Path) -> None:
         find_to_use(path / "checkpoints", "newest", alone=True)
         return
     source, weights = open_plain_tables(path), model.state_dict()
+    check_ids(source.name, source.manifest.ids, ids)
     _check_tables(weights, source, heads)
     dense = _dense(weights).items()
     fill_dense({name: torch.empty_like(weight, device="meta") for name, weight in dense}, source, heads)

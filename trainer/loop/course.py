@@ -10,14 +10,16 @@ from typing import Any
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from embeddings.ids.new_rows import NewRows
 from embeddings.lookup.before_change import RowsBeforeChange
 from embeddings.lookup.touched import TouchedRows
+from trainer.checkpoint.delta import rows_of_tables
 from trainer.data.reader import SequenceLogReader
 from trainer.loop.averaging import Averaging
 from trainer.loop.fork import Fork, keeper_of
 from trainer.loop.living import LivingIds
 from trainer.loop.phases import Phase, phases_of
-from trainer.loop.pipeline import Pipeline
+from trainer.loop.pipeline import Pipeline, kind_for
 from trainer.loop.position import Position
 from trainer.loop.stage import Stage, Supply
 from trainer.loop.validation import Validation
@@ -37,12 +39,12 @@ class Course:
             fit into memory; say: prints a line on rank 0.
         supply: what phases need; None for a run without phases.
         touched: told of rows that no step has changed, where there are incremental checkpoints.
-        living: the id stage, or None where no feature's ids come and go.
 
     Attributes:
         phases: of the run; phase: the present one; fork: its branches, or None.
         reader: of what is trained now; order: digest of what the phase reads, see `SequenceLogReader`.
         stage, validation, averaging, pipeline: as the present phase has them.
+        living: the id stage, or None where no feature's ids come and go.
     """
 
     def __init__(
@@ -58,19 +60,22 @@ class Course:
         say: Callable[[str], None],
         supply: Supply | None,
         touched: TouchedRows | None,
-        living: LivingIds | None = None,
     ) -> None:
-        self._living = living
+        ahead = kind_for(config.train.pipeline, ranks.device) != "none"
+        self.living = LivingIds.of(config, ranks, ahead)
         self._config, self._model, self._optimizer, self._step = config, model, optimizer, step
         self._ranks, self._say, self._touched = ranks, say, touched
         self.supply, self.reader = supply if config.phases else None, train
         self.phases = phases_of(config, supply.domains if supply is not None else ())
         self.stage = Stage(self.phases, model, optimizer, step, config.train.seed, self.supply)
-        self.validation = Validation(model, validation, ranks, folder, self.stage, living)
+        self.validation = Validation(model, validation, ranks, folder, self.stage, self.living)
         self.pipeline = Pipeline(config.train.pipeline, model, step, ranks.device)
         self.averaging = Averaging(model, say)
         self.fork: Fork | None = None
         self._keeper: RowsBeforeChange | None = None
+        if self.living is not None:
+            groups, parts = model.module.lookups.groups.values(), rows_of_tables(self.tensors())
+            step.new_rows = NewRows(groups, config.train.seed, parts, touched)
         self.take_up(self.phases[0], 0)
 
     def begin(self, phase: Phase, at: Position) -> bool:
@@ -115,8 +120,8 @@ class Course:
         if self.stage.take_up(phase):
             kind = self._config.train.pipeline
             self.pipeline = Pipeline(kind, self._model, self._step, self._ranks.device)
-        if self._living is not None:
-            self._living.frozen = not self.stage.moves_tables
+        if self.living is not None:
+            self.living.frozen = not self.stage.moves_tables
 
     def _fork_of(self, phase: Phase) -> Fork | None:
         """The branches of a phase, if it has any."""

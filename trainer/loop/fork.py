@@ -29,7 +29,7 @@ from embeddings.lookup.before_change import (
     combined_rows,
 )
 from embeddings.lookup.touched import ShardKey, TouchedRows
-from trainer.checkpoint.delta import row_parts
+from trainer.checkpoint.delta import row_parts, rows_of_tables
 from trainer.checkpoint.fork_files import BASE, ForkFiles, Moment, copied, dense_tensors, read_moments
 from trainer.checkpoint.save_load import Beside
 from trainer.config.phases import PhaseConfig
@@ -346,8 +346,7 @@ class Fork:
 
 def keeper_of(model: DistributedModelParallel, tensors: Mapping[str, Any]) -> RowsBeforeChange:
     """Of all rows of a model; `tensors`: its state dict and that of its optimizers."""
-    parts = row_parts(tensors)
-    return RowsBeforeChange(model, {key: [p.tensor for p in each.values()] for key, each in parts.items()})
+    return RowsBeforeChange(model, rows_of_tables(tensors))
 
 
 def go_on(fork: Fork | None, state: Mapping[str, Any], where: str) -> None:

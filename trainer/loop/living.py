@@ -27,6 +27,7 @@ from trainer.data.reader import Step
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_config import Config
 
+_MB, _DAY = 1e6, 86_400
 _SHOWN = tuple(field.name for field in fields(Counts))
 
 
@@ -164,3 +165,21 @@ class LivingIds:
 
     def _prepared(self, batch: RequestBatch) -> RequestBatch:
         return batch if self._prepare is None else self._prepare(batch)
+
+
+def lines_of(config: Config, world_size: int) -> list[str]:
+    """What a start says of features whose ids come and go: a line for each map, and what is odd."""
+    found = []
+    for name, rules in config.id_rules.items():
+        size = f"{rules.map_bytes / world_size / _MB:,.1f} MB of host memory a rank"
+        words = [f"up to {rules.rows - rules.shared_rows:,} have rows, others share {rules.shared_rows:,}"]
+        words += [f"admission {' '.join(rules.admission_state)}, eviction {rules.eviction}"]
+        words += [f"none older than {rules.ttl / _DAY:g} days"] if rules.ttl else []
+        found.append(f"ids of {name}: {'; '.join([*words, size])}")
+    shuffled = [name for name, each in config.ids.items() if each.ttl_days]
+    if shuffled and config.data.order == "shuffled":
+        found.append(
+            f'ids.{shuffled[0]}.ttl_days goes by the newest request, and data.order = "shuffled" reads new '
+            'ones first and old ones last; set data.order = "stored" for a log in order of time'
+        )
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from dataclasses import asdict
-from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,20 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import CheckpointError
-from embeddings.ids.new_rows import NewRows
 from embeddings.lookup.touched import TouchedRows
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.background import Saver
-from trainer.checkpoint.compatible import check_reshardable, check_same_order
-from trainer.checkpoint.delta import row_parts
 from trainer.data.reader import SequenceLogReader
 from trainer.loop.course import Course
 from trainer.loop.early_stopping import Best
-from trainer.loop.fork import Fork, go_on
+from trainer.loop.fork import Fork
 from trainer.loop.interrupts import Interrupts
-from trainer.loop.living import LivingIds
 from trainer.loop.meter import Meter
-from trainer.loop.phases import Phase, place_of_phase
-from trainer.loop.pipeline import kind_for, remark_on
-from trainer.loop.position import Began, Position
+from trainer.loop.phases import Phase
+from trainer.loop.pipeline import remark_on
+from trainer.loop.position import Position
 from trainer.loop.progress import Progress
+from trainer.loop.resuming import take_up
 from trainer.loop.shares_plot import shares_plot
 from trainer.loop.stage import Supply
 from trainer.quality.domains import SplitMetrics
@@ -77,14 +73,9 @@ class Trainer:
         guard = Guard(ranks, folder.path)
         self.step = TrainStep(config, model, self.optimizer, ranks.world_size, guard)
         touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
-        ahead = kind_for(config.train.pipeline, ranks.device) != "none"
-        self.living = LivingIds.of(config, ranks, ahead)
         given = config, model, self.optimizer, self.step
-        course = partial(Course, *given, train, validation, ranks, folder.path, say)
-        self.course = course(supply, touched, self.living)
-        if self.living is not None:
-            self.step.new_rows = self._new_rows(touched)
-        self.validation = self.course.validation
+        self.course = Course(*given, train, validation, ranks, folder.path, say, supply, touched)
+        self.validation, self.living = self.course.validation, self.course.living
         if remark := remark_on(config.train.pipeline, self.course.pipeline):
             say(remark)
         self.at = Position()
@@ -94,14 +85,6 @@ class Trainer:
         self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
         self.interrupts = Interrupts(config.checkpoint)
         self.stopped = False
-
-    def _new_rows(self, touched: TouchedRows | None) -> NewRows:
-        """What begins rows anew, in all tables of a feature."""
-        parts = {
-            key: tuple(part.tensor for part in each.values())
-            for key, each in row_parts(self.course.tensors()).items()
-        }
-        return NewRows(self.model.module.lookups.groups.values(), self.config.train.seed, parts, touched)
 
     def run(self, start: checkpoint.ResumePoint) -> Position:
         """Train from a checkpoint, or the beginning, to the end or a stop signal; returns where it ended.
@@ -353,10 +336,10 @@ class Trainer:
             self.say(line)
         path = found.path
         assert path is not None
-        self._load_from(path)
+        self.load_from(path)
         return int(found.state["step"])
 
-    def _load_from(self, path: Path) -> None:
+    def load_from(self, path: Path) -> None:
         """Take up the weights of a verified checkpoint, and its maps of ids."""
         self.load(lambda tensors: checkpoint.load_tensors(path, tensors))
         if self.living is not None:
@@ -392,12 +375,10 @@ class Trainer:
             **self.course.averaging.state(),
             **self._more_state(),
         }
-        besides = list[checkpoint.Beside]()
+        besides: list[checkpoint.Beside] = [] if self.living is None else [self.living.files().write]
         if self.course.fork is not None:
             state["fork"] = self.course.fork.state()
             besides += self.course.fork.files(self.at)
-        if self.living is not None:
-            besides.append(self.living.files().write)
         from_rank_0(lambda: self.log.keep(self.config.checkpoint.on_error == "continue"))
         tensors = {**self.course.tensors(), **self.course.averaging.tensors(), **self.validation.tensors()}
         best = state["best"]["step"]
@@ -411,34 +392,6 @@ class Trainer:
         return {}
 
     def resume(self, start: checkpoint.ResumePoint) -> None:
-        """Continue from a verified checkpoint, if there is one.
-
-        Raises:
-            ConfigError: it stands inside an epoch, and the log's rows lie in another order since.
-            CheckpointError: the tables' optimizer state has no meaning for how they lie now.
-        """
-        path, state = start.path, start.state
-        if path is None:
-            return
-        phase = self.course.phases[place_of_phase(self.course.phases, state, path.name)]
-        self.course.take_up(phase, Began(**state.get("began", {})).epoch)
-        check_reshardable(path, state, self.plan)
-        check_same_order(path, state, self.course.order, self.config.data.log)
-        go_on(self.course.fork, state, path.name)
-        self._load_from(path)
-        self.course.averaging.resume(path, state)
-        best, why = self.validation.resume(path, state, phase, self.course.reader.columns.tasks)
-        if why:
-            self.say(why)
-        self.at = Position.of_state(state, self.ranks.world_size, best)
-        self.saver.saved = self.step.number = self.at.step
-        self.saver.refused = set(start.refused_names)
-        self.saver.follow(path, state.get("base", {}).get("links", 0))
-        if self.course.fork is not None:
-            self.course.train_as(self.course.fork.branch)
-            self.course.fork.resume(path, self.at)
-        where = ""
-        if phase.name:
-            line = phase.line(len(self.course.phases))
-            where = f"; {self.at.steps_done:,} step(s) done of {line}"
-        self.say(f"resumed from {path}{where}")
+        """Continue from a verified checkpoint, if there is one; see `take_up` for the errors."""
+        if start.path is not None:
+            take_up(self, start.path, start)

@@ -21,6 +21,7 @@ from trainer.data.stream.intake import Intake, Taken
 from trainer.data.stream.ledger import Entry, Ledger
 from trainer.data.stream.source import Window
 from trainer.loop.loop import Trainer
+from trainer.loop.progress import Progress
 from trainer.quality.domains import SplitMetrics
 from trainer.quality.evaluate import shared_metrics
 from trainer.quality.metrics import entry_of
@@ -106,6 +107,8 @@ class WindowTrainer(Trainer):
             self.ledger, self._inside = Ledger.of_state(state["ledger"]), state["inside"]
 
     def _train(self) -> None:
+        # A stream has no length, of which a bar could show a share.
+        self.bar = Progress("train", speaks=False)
         if not self._inside:
             # What an earlier start has saved and did not publish.
             self._publish()
@@ -226,7 +229,7 @@ class WindowTrainer(Trainer):
 
     def _tell(self, window: Window, measured: SplitMetrics | None) -> None:
         auc = "" if measured is None else f"{measured.text()} before training;"
-        behind = f", {self._waiting:,} more are there" if self._waiting else ""
+        behind = f"; {self._waiting:,} more wait" if self._waiting else ""
         self.say(
             f"window {window.name}:{auc} trained {window.info.candidates:,} candidates, step {self.at.step:,}"
             f"{behind}"

@@ -13,6 +13,7 @@ from trainer.config.model import CONTEXT_ROLES, section_of
 from trainer.config.phases import DENSE, GROUP, TABLES
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import Settings
+from trainer.data.stream.source import SPLIT
 from trainer.log.schema import LogManifest
 from trainer.model.settings import AUXILIARY_KEYS, CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
 from trainer.run_config import Config
@@ -122,6 +123,9 @@ def _splits(config: Config, manifest: LogManifest) -> Iterable[str]:
     def requests(split: str) -> int:
         return manifest.splits[split].requests if split in manifest.splits else 0
 
+    if [*manifest.splits] == [SPLIT]:
+        # A window of a stream, which is measured before it is trained.
+        return
     if not requests("validation"):
         every = config.train.validate_every
         beside = f", so train.validate_every = {every} has no effect" if every else ""

@@ -165,6 +165,9 @@ def memory_needs(
     of_nodes = [sum(on_host(each, gpus) for each in node) for node in nodes]
     worst = of_nodes.index(max(of_nodes))
     own = {"tables": of_nodes[worst], "processes": local * PROCESS, "reading": local * reader}
+    # With the copies that a save is written from.
+    maps = 2 * sum(rules.map_bytes for rules in run.config.id_rules.values())
+    own["maps of ids"] = local * maps // cluster.world_size
     if not gpus:
         own |= {"dense": local * dense, "step": local * step, "touched rows": local * bits}
         own["buffers"] = sum(each.buffers for each in nodes[worst])
@@ -190,6 +193,7 @@ def _less_on_host(own: Mapping[str, int]) -> str:
         "reading": "make data.shuffle_row_groups smaller",
         "step": "make data.batch_candidates or data.batch_behaviors smaller",
         "dense": "give nodes more memory, or make the model's layers narrower",
+        "maps of ids": "take more nodes, or make ids.<feature>.capacity smaller",
     }
     tables = "take more nodes, groups.<name>.dtype fp16, or make groups.<name>.dim smaller"
     return changes.get(max(own, key=lambda part: own[part]), tables)

@@ -228,8 +228,10 @@ class _ArrowForm(RequestForm):
 
     def _ids(self, part: Part, feature: str, values: pa.Array) -> Ints:
         column = f"{part.prefix}{feature}"
+        place = f"{self.place}, column {column}"
+        if (own := self.own_ids(feature, values, place)) is not None:
+            return own
         if self.translation is not None:
-            place = f"{self.place}, column {column}"
             return self.translation.ids(feature, values, f"{part.name}.{feature}", place)
         if _is_text(values.type):
             raise self._text(column, values.type)

@@ -12,6 +12,7 @@ from trainer.serving import arrow_body
 from trainer.serving.checks import cut_history
 from trainer.serving.histories import HistoryStore
 from trainer.serving.json_body import JsonForm, read_json
+from trainer.serving.raw_ids import with_unknown
 from trainer.serving.request import History, Limits, Request, RequestError
 from trainer.serving.scorer import Answer, Scorer
 from trainer.serving.vocabulary import Translation
@@ -42,7 +43,7 @@ def decode(
     stored: Mapping[int, History] = histories or {}
     if content_type == arrow_body.MEDIA_TYPE:
         requests = arrow_body.read_arrow(body, stored, scorer.needs, limits, scorer.vocabularies, users)
-        return Body([cut_history(request, scorer.needs) for request in requests])
+        return Body([_as_read(request, scorer) for request in requests])
     if content_type != "application/json":
         kinds = f"application/json or {arrow_body.MEDIA_TYPE}"
         raise RequestError(415, f"content type {content_type[:80]!r} is not read; send {kinds}")
@@ -51,13 +52,18 @@ def decode(
     for r, each in enumerate(sent.requests):
         translation = Translation(scorer.vocabularies, users) if raw else None
         form = JsonForm(each, scorer.needs, translation, f"requests[{r}]")
-        requests.append(cut_history(form.request(stored, limits), scorer.needs))
+        requests.append(_as_read(form.request(stored, limits), scorer))
     candidates = sum(request.count for request in requests)
     if sent.explain and candidates > limits.explained:
         problem = f"{candidates:,} candidates to explain, the server takes {limits.explained:,} of a body"
         raise RequestError(413, problem)
     items = [each.candidates.get("item_id", []) for each in sent.requests] if raw else []
     return Body(requests, sent.explain, items, raw)
+
+
+def _as_read(request: Request, scorer: Scorer) -> Request:
+    """With only the behaviors that the model reads, and with what it does not know counted."""
+    return with_unknown(cut_history(request, scorer.needs), scorer.needs, scorer.snapshot.id_maps)
 
 
 def encode(answers: Sequence[Answer], scorer: Scorer, body: Body, as_arrow: bool) -> bytes:
@@ -71,7 +77,9 @@ def encode(answers: Sequence[Answer], scorer: Scorer, body: Body, as_arrow: bool
             "history_used": answer.history_used,
         }
         if body.raw:
-            result |= {"items": body.items[r], "unknown": answer.unknown}
+            result["items"] = body.items[r]
+        if body.raw or scorer.needs.living:
+            result["unknown"] = answer.unknown
         if body.explain:
             result["kept"] = answer.explanations
         results.append(result)

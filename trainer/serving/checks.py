@@ -139,6 +139,8 @@ def _checked_bags(name: str, bags: Bags, count: int, needs: Needs, limits: Limit
             at = int(lengths.argmax())
             problem = f"{lengths[at]:,} ids, the server takes {limits.bag:,} of one (--max-bag)"
             raise RequestError(413, f"{place}[{at}]: {problem}")
+    if name in needs.living:
+        return bags
     ids: Any = bags.values
     rows = needs.rows.get(name, 2**63 - 1)
     # As unsigned numbers negative ids are the largest, so that one pass finds both.

@@ -11,6 +11,7 @@ from trainer.data.row_group import Bags, Ints
 from trainer.log.arrow import is_text
 from trainer.serving.checks import check_request
 from trainer.serving.histories import known_user
+from trainer.serving.raw_ids import raw_ids
 from trainer.serving.request import Doubles, History, Limits, Needs, Part, Request, RequestError
 from trainer.serving.vocabulary import Translation
 
@@ -92,6 +93,16 @@ class RequestForm(ABC):
             unknown={} if self.translation is None else self.translation.unknown,
         )
         return check_request(request, needs, limits, self.place)
+
+    def own_ids(self, feature: str, given: pa.Array, place: str) -> Ints | None:
+        """Ids of a feature whose ids come and go; None: it has no such ids, or a vocabulary says them."""
+        if feature not in self.needs.living:
+            return None
+        if self.translation is not None and feature in self.translation.vocabularies:
+            return None
+        # Among dense ids, text spells an id; among raw values, it is what the id is made of.
+        hashes = self.translation is not None and feature in self.needs.hashed
+        return raw_ids(given, hashes, place)
 
     def _features(self, part: Part) -> dict[str, Bags]:
         """Features that the snapshot knows, in its order."""

@@ -205,6 +205,10 @@ class JsonForm(RequestForm):
     def _ids(self, part: Part, name: str, values: list[Any]) -> Ints:
         where = f"{part.path}.{name}"
         text = bool(values) and isinstance(values[0], str)
+        if name in self.needs.living:
+            given = pa.array(values, pa.large_string() if text else pa.int64())
+            if (own := self.own_ids(name, given, f"{self.place}.{where}")) is not None:
+                return own
         if self.translation is not None and values:
             raw = pa.array(values, pa.large_string() if text else pa.int64())
             return self.translation.ids(name, raw, f"{part.name}.{name}", f"{self.place}.{where}")

@@ -128,7 +128,10 @@ class Needs:
     Attributes:
         candidates, history, context, numeric: the parts of a request. Candidates and history know the same
             features; one that only the other side has is not needed.
-        rows: feature -> table rows; clusters: whether histories carry clusters.
+        rows: feature -> table rows, which ids must lie below unless they come and go.
+        living: features whose ids come and go, and may be any integers; hashed: those of them whose ids are
+            hashes of text.
+        clusters: whether histories carry clusters.
         multi: features and context that may have several ids, or none; the others have exactly one.
         length: behaviors that the model reads at most; delay: seconds that the youngest of them are old.
         latest: unix seconds; later times are in another unit.
@@ -144,6 +147,8 @@ class Needs:
     length: int
     delay: int
     latest: int
+    living: frozenset[str] = frozenset()
+    hashed: frozenset[str] = frozenset()
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -170,4 +175,6 @@ class Needs:
             data.history_length,
             data.ingestion_delay,
             max(_LATEST, 2 * trained),
+            frozenset(manifest.ids),
+            frozenset(name for name, entry in manifest.ids.items() if entry.hashed),
         )

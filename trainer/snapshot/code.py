@@ -157,7 +157,7 @@ def _ranked(snapshot: Snapshot) -> tuple[dict[str, Tensor], Tensor]:
 
     The names are those of the description, in the order of the arguments.
     """
-    model, batch = snapshot.model, snapshot.recorded.batch
+    model, batch = snapshot.model, snapshot.with_rows(snapshot.recorded.batch)
     retrieval, roles = model.retrieve(batch)["main"], model.config.roles
     groups = (roles.representation_target, roles.representation_behavior)
     rows = model.lookups({name: model.collections[name](batch.features) for name in groups})

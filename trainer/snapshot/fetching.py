@@ -7,7 +7,8 @@ from pathlib import Path
 
 from embeddings.errors import SnapshotError, UnavailableError
 from trainer.sealed_folder import DIGEST, MANIFEST, locked, retire
-from trainer.snapshot.loading import Chain, Snapshot, load_snapshot, read_chain, resolve
+from trainer.snapshot.chain import Chain, read_chain
+from trainer.snapshot.loading import Snapshot, load_snapshot, resolve
 from trainer.snapshot.manifest import SEAL
 from trainer.storage import is_remote
 from trainer.storage.fetched import cache_of, drop_old, fetch, put

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -20,29 +20,27 @@ from trainer.config.sets import sets_of
 from trainer.config.tasks import Task, named_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import unpack
-from trainer.log.schema import FeatureInfo
+from trainer.data.living_ids import looked_up
+from trainer.log.schema import ANY_ID, FeatureInfo
 from trainer.model.frame import Prediction, TwoStageModel
+from trainer.model.windows import Selection
 from trainer.sealed_folder import MANIFEST, file_digest
+from trainer.snapshot.chain import read_chain
 from trainer.snapshot.checking import check_files
+from trainer.snapshot.id_maps import Int64s, LayeredIds
 from trainer.snapshot.manifest import (
     DENSE,
     LATEST,
     OWN,
     RECORDED,
     VERSION_NAME,
-    ListedFile,
     SearchPart,
     SnapshotManifest,
-    StoredRows,
-    read_manifest,
     search_stem,
 )
-from trainer.snapshot.matrix_file import LayeredReader
-from trainer.snapshot.rows import expect_like, read_rows, read_tensors
+from trainer.snapshot.rows import expect_like, read_tensors
 from trainer.storage import is_remote
 
-# A chain this long would be slower to load than to write anew.
-LONGEST_CHAIN = 64
 _MOST_RETRIES = 10
 # A snapshot scores its recorded requests as it did when it was exported: bit for bit on that machine. Another
 # processor adds up in another order, which moves a probability by some 1e-7, and now and then makes a
@@ -63,18 +61,46 @@ class RecordedRequests(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A loaded version: the model in eval mode over plain, memory-mapped tables."""
+    """A loaded version: the model in eval mode over plain, memory-mapped tables.
+
+    Attributes:
+        id_maps: of the features whose ids come and go, see `SnapshotManifest.ids`.
+    """
 
     path: Path
     manifest: SnapshotManifest
     model: TwoStageModel
     recorded: RecordedRequests
+    id_maps: Mapping[str, LayeredIds] = field(default_factory=dict)
 
     @torch.no_grad()
     def score(self, batch: RequestBatch) -> Tensor:
-        """Probabilities, float32 [C, T]."""
-        prediction: Prediction = self.model(batch)
+        """Probabilities, float32 [C, T], of a batch as the reader gives it: with ids, not rows."""
+        prediction: Prediction = self.model(self.with_rows(batch))
         return prediction.logits.sigmoid()
+
+    @torch.no_grad()
+    def search(self, batch: RequestBatch) -> dict[str, Selection]:
+        """What each branch's search keeps, of such a batch."""
+        return self.model.search(self.with_rows(batch))
+
+    def with_rows(self, batch: RequestBatch) -> RequestBatch:
+        """The batch with rows of tables in the place of ids that come and go."""
+        return looked_up(batch, self.id_maps)
+
+    def id_key(self, group: str, feature: str) -> str:
+        """The key that a group's table of a feature is looked up by, which is also the name of its map."""
+        own, _ = self.manifest.config.own_keys(group)
+        return own.get(feature, feature)
+
+    def rows_of(self, key: str, ids: Int64s) -> Int64s:
+        """Rows of the tables with this key for ids of the log."""
+        return self.id_maps[key].look_up(ids) if key in self.id_maps else ids
+
+    def id_bounds(self) -> dict[str, int]:
+        """Feature -> below which the ids of a log must lie."""
+        living = dict.fromkeys(self.manifest.ids, ANY_ID)
+        return {name: living.get(name, rows) for name, rows in self.manifest.features.items()}
 
     def numeric_names(self) -> list[str]:
         """What the columns of `RequestBatch.numeric` must be."""
@@ -95,6 +121,11 @@ class Snapshot:
             if feature in known and known[feature].multi and not given.multi:
                 problem = f"has lists of {feature!r}, and the model was trained with one each"
                 raise DataError(f"{problem}; ingest without multi = true", file=log)
+        for feature, entry in self.manifest.ids.items():
+            if feature in known and known[feature].raw != entry.raw:
+                mine, theirs = ("dense", "raw") if entry.raw else ("raw", "dense")
+                problem = f"its ids of {feature!r} are {mine}, and those that the snapshot was trained with"
+                raise DataError(f"{problem} are {theirs}; ingest both alike", file=log)
         for feature, expected in self.manifest.vocabularies.items():
             if feature not in known:
                 raise DataError(f"lacks the feature {feature!r} that the snapshot needs", file=log)
@@ -160,58 +191,6 @@ class Snapshot:
             )
 
 
-@dataclass(frozen=True)
-class Chain:
-    """A version and those that it builds on, newest first; all manifests verified, no file of theirs yet."""
-
-    versions: tuple[tuple[Path, SnapshotManifest], ...]
-
-    @property
-    def path(self) -> Path:
-        return self.versions[0][0]
-
-    @property
-    def manifest(self) -> SnapshotManifest:
-        return self.versions[0][1]
-
-    def rows(self, stem: str, name: str) -> StoredTable:
-        """A matrix of the newest version; its files are taken for checked.
-
-        Raises:
-            SnapshotError: a file is not what its manifest says, or a base does not hold the matrix.
-        """
-        return read_rows([(path, stored) for path, _, stored in self._holding(stem)], stem, name)
-
-    def reader(self, stem: str, name: str) -> LayeredReader:
-        """The same, read once from first row to last and checked meanwhile.
-
-        Raises:
-            SnapshotError: as `rows`.
-        """
-        return LayeredReader(self._holding(stem), stem, name)
-
-    def files(self, stem: str) -> list[tuple[Path, ListedFile]]:
-        """The files that hold a matrix, in whichever version."""
-        return [
-            (path, listed[file])
-            for path, listed, _ in self._holding(stem)
-            for file in (f"{stem}.safetensors", f"{stem}.ids.safetensors")
-            if file in listed
-        ]
-
-    def _holding(self, stem: str) -> list[tuple[Path, dict[str, ListedFile], StoredRows]]:
-        """The versions that a matrix is put together from, oldest first."""
-        found: list[tuple[Path, dict[str, ListedFile], StoredRows]] = []
-        for path, manifest in self.versions:
-            stored = {key: entry for key, _, entry in manifest.matrices()}.get(stem)
-            if stored is None:
-                break
-            found.insert(0, (path, manifest.listed(), stored))
-            if stored.changed is None:
-                return found
-        raise SnapshotError(self.path / f"{stem}.safetensors", "no version that it builds on holds it whole")
-
-
 def resolve(path: Path) -> Path:
     """A version's folder, or the newest version of a folder of versions."""
     if (path / MANIFEST).is_file():
@@ -227,26 +206,6 @@ def resolve(path: Path) -> Path:
     if not VERSION_NAME.fullmatch(name):
         raise SnapshotError(path / LATEST, f"names {name!r}, which is no version")
     return path / name
-
-
-def read_chain(path: Path) -> Chain:
-    """The manifests of a version and of the versions beside it that it builds on.
-
-    Raises:
-        SnapshotError: one is missing, damaged, or another than the delta was made against.
-    """
-    versions = [(path, read_manifest(path))]
-    while (base := versions[-1][1].base) is not None:
-        below = path.parent / f"v{base.number:08d}"
-        if len(versions) >= LONGEST_CHAIN:
-            raise SnapshotError(path, f"builds on more than {LONGEST_CHAIN} versions; export it whole")
-        if below.is_symlink() or not (below / MANIFEST).is_file():
-            raise SnapshotError(path, f"is a delta, and its base {below.name} is not beside it")
-        manifest = read_manifest(below)
-        if file_digest(below / MANIFEST) != base.sha256 or manifest.number != base.number:
-            raise SnapshotError(path, f"is a delta against another {below.name} than the one beside it")
-        versions.append((below, manifest))
-    return Chain(tuple(versions))
 
 
 def load_snapshot(path: Path, known: Collection[Path] = ()) -> Snapshot:
@@ -297,8 +256,10 @@ def _load(path: Path, known: Collection[Path]) -> Snapshot:
     chain = read_chain(path)
     manifest = chain.manifest
     matrices = {stem: name for stem, name, _ in manifest.matrices() if stem.startswith("tables/")}
-    apart = [(path, e) for e in manifest.listed().values() if not e.path.startswith(("tables/", "search/"))]
-    check_files([*apart, *(file for stem in matrices for file in chain.files(stem))], known)
+    layered = ("tables/", "search/", "ids/")
+    apart = [(path, e) for e in manifest.listed().values() if not e.path.startswith(layered)]
+    of_maps = (file for name in manifest.ids for file in chain.id_files(name))
+    check_files([*apart, *of_maps, *(file for stem in matrices for file in chain.files(stem))], known)
     named = tuple(manifest.config.tasks) or tuple(manifest.tasks)
     if tuple(manifest.tasks) != named:
         order = f"{', '.join(manifest.tasks)}, and its config has {', '.join(named)}"
@@ -320,7 +281,8 @@ def _load(path: Path, known: Collection[Path]) -> Snapshot:
     dense = {name: tensor.clone() for name, tensor in read_tensors(path, DENSE).items()}
     expect_like(path, DENSE, dense, model.state_dict())
     _fitted_to_config(path, lambda: model.load_state_dict(dense, assign=True))
-    return Snapshot(path, manifest, model.eval(), _recorded(path, manifest))
+    id_maps = {name: chain.id_map(name) for name in manifest.ids}
+    return Snapshot(path, manifest, model.eval(), _recorded(path, manifest), id_maps)
 
 
 def _group(name: str, manifest: SnapshotManifest, tasks: Sequence[Task]) -> TableGroup:
@@ -333,14 +295,17 @@ def _group(name: str, manifest: SnapshotManifest, tasks: Sequence[Task]) -> Tabl
     sets = tuple(sets_of(name, config.groups[name], tasks, manifest.features.get(config.data.domain, 0)))
     tables = manifest.groups[name]
     specs = tuple(TableSpec(table.feature, table.rows, table.dim, table.set) for table in tables)
-    return TableGroup(name, specs, fusion=config.groups[name].fusion, sets=sets)
+    group = TableGroup(name, specs, fusion=config.groups[name].fusion, sets=sets)
+    return group.with_keys(*config.own_keys(name))
 
 
 def _recorded(path: Path, manifest: SnapshotManifest) -> RecordedRequests:
     tensors = read_tensors(path, RECORDED)
     own = tensors.pop(OWN, None)
     batch, trained = unpack(path, tensors, (manifest.recorded_features, manifest.recorded_context))
-    problem = batch.problem(manifest.features, manifest.config.data.history_length)
+    # Ids that come and go may be any.
+    rows = {name: count for name, count in manifest.features.items() if name not in manifest.ids}
+    problem = batch.problem(rows, manifest.config.data.history_length)
     problem = problem or _problem_of_bags(batch, manifest) or _problem_of_domains(batch, manifest)
     if own is None or own.dtype != trained.dtype or own.shape != trained.shape:
         problem = problem or "lacks the snapshot's own scores"

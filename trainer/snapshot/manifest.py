@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from embeddings.errors import SnapshotError
 from embeddings.groups import TableName
+from embeddings.ids.rules import part_name
 from embeddings.lookup.stored import Dtype, row_bytes
 from trainer.config.mistakes import problems_of, with_unique_keys, words_of
 from trainer.config.tables import GroupName
@@ -112,6 +113,44 @@ class SearchPart(Settings):
     tables: tuple[SearchTable, ...] = ()
 
 
+class SnapshotIds(Settings):
+    """Which raw ids have a row of a feature's tables, where ids come and go, and how a version holds that.
+
+    Attributes:
+        capacity, shared_rows: see `embeddings.ids.rules.IdRules`; live: ids that have a row.
+        raw, hashed: whether the log's ids are any integers, and whether these are hashes of text.
+        base_live: None where the version holds all ids; else it holds what differs from the base, which has
+            so many. set: ids that have a row now, or another one; gone: ids that have none any more.
+    """
+
+    capacity: int = Field(ge=1, lt=2**48)
+    shared_rows: int = Field(ge=1, lt=2**48)
+    live: int = Field(ge=0, lt=2**48)
+    raw: bool = False
+    hashed: bool = False
+    base_live: int | None = Field(None, ge=0, lt=2**48)
+    set: int | None = Field(None, ge=0, lt=2**48)
+    gone: int | None = Field(None, ge=0, lt=2**48)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Ids with a row in the file, and ids without."""
+        return (self.live, 0) if self.set is None or self.gone is None else (self.set, self.gone)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the numbers in the file."""
+        return 16 * self.held[0] + 8 * self.held[1]
+
+    @model_validator(mode="after")
+    def _delta_or_not(self) -> SnapshotIds:
+        if len({self.base_live is None, self.set is None, self.gone is None}) > 1:
+            raise ValueError("base_live, set and gone go together")
+        if self.live > self.capacity:
+            raise ValueError("more ids have a row than there is capacity for")
+        return self
+
+
 class VocabularyFile(Settings):
     """The values that a feature's ids stand for, value and id, as the log has them."""
 
@@ -162,6 +201,8 @@ class SnapshotManifest(Settings):
         checkpoint: digest of the manifest of the checkpoint that this was made of; empty: not known.
         weights: whether the dense part is that of the step, or its average over the phase.
         vocabularies: feature -> digest of the values that its ids stand for; vocabulary_files: these values.
+        ids: the map of each feature whose ids come and go, `<feature>@<group>` where a group has a capacity
+            of its own. Software from before there were such features refuses a manifest that has it.
     """
 
     format: Literal["tandemrec.snapshot"] = "tandemrec.snapshot"
@@ -182,6 +223,7 @@ class SnapshotManifest(Settings):
     recorded_context: tuple[str, ...]
     groups: dict[GroupName, tuple[SnapshotTable, ...]]
     search: dict[GroupName, SearchPart]
+    ids: dict[str, SnapshotIds] = Field(default_factory=dict, exclude_if=lambda ids: not ids)
     config: Config
     files: tuple[SnapshotFile, ...]
     code: tuple[CodeFile, ...] = ()
@@ -199,6 +241,16 @@ class SnapshotManifest(Settings):
                 if not entry.table:
                     yield search_stem(branch, place), f"{entry.side}__{entry.feature}", entry
 
+    def id_maps(self) -> Iterator[tuple[str, str, SnapshotIds]]:
+        """Every map of ids, as (its file, its name, description)."""
+        for place, (name, entry) in enumerate(self.ids.items()):
+            yield ids_path(place), name, entry
+
+    @property
+    def tombstones(self) -> int:
+        """Ids that had a row in the base and have none here."""
+        return sum(entry.gone or 0 for name, entry in self.ids.items() if "@" not in name)
+
     def listed(self) -> dict[str, ListedFile]:
         entries: tuple[ListedFile, ...] = (*self.files, *self.code, *self.vocabulary_files)
         return {entry.path: entry for entry in entries}
@@ -207,6 +259,11 @@ class SnapshotManifest(Settings):
 def table_stem(group: str, place: int) -> str:
     """Where a group's table number `place` lies; features may have any names, files not."""
     return f"tables/{group}.{place}"
+
+
+def ids_path(place: int) -> str:
+    """Where map number `place` lies."""
+    return f"ids/{place}.safetensors"
 
 
 def search_stem(branch: str, place: int) -> str:
@@ -243,16 +300,13 @@ def read_manifest(path: Path) -> SnapshotManifest:
 
 def _problem(manifest: SnapshotManifest) -> str:
     """What parts of a manifest say that others contradict; empty if nothing does."""
-    rows: dict[str, set[int]] = {}
-    for table in (table for tables in manifest.groups.values() for table in tables):
-        rows.setdefault(table.feature, set()).add(table.rows)
     base, branches = manifest.base, manifest.config.model.all_branches()
     used = {group for branch in branches.values() for group in branch.roles.used()}
     described = [entry.feature for entry in manifest.vocabulary_files]
     of_requests = {name for name, given in manifest.inputs.items() if given.side == "context"}
     problems = {
         "its groups are not those of its config": set(manifest.groups) != used,
-        "its features are not those of its tables": rows != {n: {c} for n, c in manifest.features.items()},
+        "its features are not those of its tables": _has_other_rows(manifest),
         "its inputs are not those of its recorded requests": (
             sorted(manifest.recorded_features) != sorted(manifest.inputs.keys() - of_requests)
             or sorted(manifest.recorded_context) != sorted(of_requests)
@@ -263,7 +317,32 @@ def _problem(manifest: SnapshotManifest) -> str:
         ),
     }
     first = next((problem for problem, there in problems.items() if there), "")
-    return first or _problem_of_search(manifest) or _problem_of_files(manifest)
+    return first or _problem_of_ids(manifest) or _problem_of_search(manifest) or _problem_of_files(manifest)
+
+
+def _has_other_rows(manifest: SnapshotManifest) -> bool:
+    """Whether tables have other rows than their features, or than the maps of their ids."""
+    rows: dict[str, set[int]] = {}
+    rules = manifest.config.id_rules
+    for group, tables in manifest.groups.items():
+        for table in tables:
+            own = rules.get(part_name(table.feature, group)) or rules.get(table.feature)
+            if own is not None and table.rows != own.rows:
+                return True
+            of_feature = table.rows if own is None else rules[table.feature].rows
+            rows.setdefault(table.feature, set()).add(of_feature)
+    return rows != {name: {count} for name, count in manifest.features.items()}
+
+
+def _problem_of_ids(manifest: SnapshotManifest) -> str:
+    """Maps must be those of the config, and have its rules."""
+    rules = manifest.config.id_rules
+    if rules.keys() != manifest.ids.keys():
+        return "its maps of ids are not those of its config"
+    for name, entry in manifest.ids.items():
+        if (entry.capacity, entry.shared_rows) != (rules[name].capacity, rules[name].shared_rows):
+            return f"its map of {name} has another capacity than its config"
+    return ""
 
 
 def _problem_of_search(manifest: SnapshotManifest) -> str:
@@ -296,6 +375,12 @@ def _problem_of_files(manifest: SnapshotManifest) -> str:
         entry = listed.get(f"{stem}.safetensors")
         if entry is not None and entry.bytes < stored.held * row_bytes(stored.dim, stored.dtype):
             return f"{stem} has more rows than its file has room for"
+    for path, name, ids in manifest.id_maps():
+        wanted.add(path)
+        if ids.base_live is not None and manifest.base is None:
+            return f"its map of {name} is a delta, but there is no base"
+        if path in listed and listed[path].bytes < ids.size:
+            return f"{path} has more ids than its file has room for"
     different = sorted(wanted ^ listed.keys())
     return f"{different[0]} is not listed, or should not be there" if different else ""
 

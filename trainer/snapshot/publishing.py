@@ -31,7 +31,7 @@ from trainer.sealed_folder import (
     write_text,
 )
 from trainer.sealed_folder import publish as publish_folder
-from trainer.snapshot.loading import Chain, read_chain
+from trainer.snapshot.chain import Chain, read_chain
 from trainer.snapshot.manifest import LATEST, SEAL, VERSION_NAME, SnapshotFile, SnapshotManifest
 from trainer.storage import is_remote, place
 from trainer.storage.objects import create, listed, unfinished

@@ -18,14 +18,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from embeddings.groups import TableGroup
+from embeddings.ids.frozen import FrozenIds
+from embeddings.ids.rules import IdRules
 from embeddings.lookup.stored import WIDTHS, Dtype, row_bytes
 from embeddings.plan.memory import gigabytes
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import pack
+from trainer.log.schema import FeatureInfo
 from trainer.run_config import Config
+from trainer.snapshot.chain import Chain
 from trainer.snapshot.checking import check_files
-from trainer.snapshot.loading import Chain, RecordedRequests, Snapshot, load_snapshot
+from trainer.snapshot.id_maps import write_ids
+from trainer.snapshot.loading import RecordedRequests, Snapshot, load_snapshot
 from trainer.snapshot.manifest import (
     DENSE,
     OWN,
@@ -34,9 +39,11 @@ from trainer.snapshot.manifest import (
     SearchPart,
     SearchTable,
     SnapshotFile,
+    SnapshotIds,
     SnapshotManifest,
     SnapshotTable,
     StoredRows,
+    ids_path,
     search_stem,
     table_stem,
 )
@@ -156,6 +163,31 @@ class Draft:
                 tables.append(SearchTable(feature=part.feature, side=part.side, table=table, **entry))
             found[branch] = described.model_copy(update={"tables": tuple(tables)})
         return found
+
+    def write_ids(
+        self, maps: Mapping[str, FrozenIds], infos: Mapping[str, FeatureInfo]
+    ) -> dict[str, SnapshotIds]:
+        """All maps of ids, for the manifest; `infos`: of the log's features."""
+        found = {}
+        for place, (name, now) in enumerate(maps.items()):
+            rules, info = now.rules, infos[now.rules.within or name]
+            described = SnapshotIds(
+                capacity=rules.capacity,
+                shared_rows=rules.shared_rows,
+                live=now.ids.size,
+                raw=info.raw,
+                hashed=info.hashed,
+            )
+            base = self.base.id_map(name) if self.base is not None and self._has_like(name, rules) else None
+            found[name], file = write_ids(self.folder, ids_path(place), now, described, base)
+            self.files[file.path] = file
+        return found
+
+    def _has_like(self, name: str, rules: IdRules) -> bool:
+        """Whether the base has such a map, whose ids may have the same rows."""
+        assert self.base is not None
+        before = self.base.manifest.config.id_rules.get(name)
+        return before is not None and before.layout == rules.layout
 
     def write_dense(self, dense: Mapping[str, Tensor]) -> None:
         # Not save_file, whose files nobody else may read.

@@ -59,6 +59,18 @@ def test_deltas_hold_rows_of_new_ids(report: dict[str, Any]) -> None:
     assert [each["differ"] for each in deltas.values()] == [[]] * 4
 
 
+def test_maps_follow_phases(report: dict[str, Any]) -> None:
+    """Back to the best checkpoint, and through a phase that trains no table."""
+    of_two, of_one = report["phased"]["2"], report["phased"]["1"]
+    assert of_two == of_one
+    (line,) = of_two["lines"]
+    trained = len(of_two["counts"])
+    # Steps of the map: those until the best ones, and those of the last phase.
+    assert of_two["maps"][0]["clock"][1] == int(line.split()[-1].rstrip(".")) + 2
+    frozen = of_two["counts"][trained - 4 : trained - 2]
+    assert all(sum(each.values()) == each["live"] for each in frozen)
+
+
 def steps_of(seed: int, count: int) -> list[Step]:
     """Steps whose ids and times are drawn; times rise, so that ids expire."""
     rng, found = np.random.default_rng(seed), []

@@ -21,8 +21,8 @@ from tests.helpers.snapshots import Change, exported, publish_copy, save_run
 from trainer.checkpoint.tensors import TensorReader
 from trainer.run_folder import RunFolder
 from trainer.snapshot import load_search, load_snapshot
+from trainer.snapshot.chain import Chain, read_chain
 from trainer.snapshot.fetching import fetched
-from trainer.snapshot.loading import Chain, read_chain
 from trainer.snapshot.writing import Source
 from trainer.storage import place
 

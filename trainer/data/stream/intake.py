@@ -79,7 +79,6 @@ class Intake:
             return taken
         self._failing = None
         if taken.window is not None:
-            self._note(taken.window)
             taken.waiting = len(behind)
             taken.newest = max(taken.window.newest, self._source.newest(behind[-1]) if behind else 0)
         return taken
@@ -117,11 +116,13 @@ class Intake:
             if not self._skip or inside:
                 remedy = 'replace it, move it away, or set data.on_bad = "skip" to go on without it'
                 raise DataError(f"window {name} is damaged: {error}; {remedy}", file=self._stream) from None
+            self._note(name)
             taken.lines.append(f"window {name} is damaged and skipped: {error}")
             self._enter(taken, name, stamp, "damaged", step)
             return
         if inside and window.digest != inside:
             raise self._gone(f"is not the one that is there first ({name}), or has other bytes")
+        self._note(name)
         same = taken.ledger.with_bytes(window.digest)
         if same is not None:
             taken.lines.append(f"window {name} has the bytes of {same.name}, so it is not trained again")
@@ -152,10 +153,10 @@ class Intake:
         problem = f"the window that the newest checkpoint lies inside {what}"
         return DataError(f"{problem}; put it back, and the same command goes on", file=self._stream)
 
-    def _note(self, window: Window) -> None:
+    def _note(self, name: str) -> None:
         """Write down that a window is taken, before anything is done with it."""
-        if window.name not in self._order:
-            self._order = [*self._order, window.name][-REMEMBERED:]
+        if name not in self._order:
+            self._order = [*self._order, name][-REMEMBERED:]
             write_text(self._file, json.dumps(self._order))
 
     def _read_order(self) -> list[str]:

@@ -1,0 +1,1 @@
+"""`tandemrec online`: trains a stream window by window and publishes what it has learnt."""
