@@ -118,7 +118,7 @@ def test_a_manifest_says_nothing_of_maps_where_there_are_none(tmp_path: Path) ->
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("living")
     log = raw_log(root / "log")
-    for steps, since in ((1, ""), (4, "1")):
+    for steps, since in ((2, ""), (3, "1")):
         trained(root / "run", log, steps)
         published(root / "run", root / "out", since)
     return root / "out"
