@@ -118,6 +118,14 @@ FORK_WITH_IDS = (
 )
 
 
+def time_group_with_ids(feature: str) -> str:
+    """Why targets cannot be grouped by a feature whose ids come and go."""
+    return (
+        f"ids.{feature}: model.time_group names it, and what the model learns of each of its rows would pass "
+        f"from one id to the next that gets the row; leave ids.{feature} out, or group by another feature"
+    )
+
+
 def rules_of(ids: Mapping[str, IdsConfig], seed: int) -> dict[str, IdRules]:
     """Name of a map -> its rules, of all features; see `IdsConfig.rules`."""
     return {name: rules for key, each in ids.items() for name, rules in each.rules(key, seed).items()}
