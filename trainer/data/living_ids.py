@@ -183,7 +183,9 @@ def _lengths(kjt: KeyedJaggedTensor, name: str) -> npt.NDArray[np.int32]:
 
 def _replaced(kjt: KeyedJaggedTensor, rows: Mapping[str, Int64s]) -> KeyedJaggedTensor:
     keys: list[str] = kjt.keys()
-    parts = {name: feature for name in rows if (feature := name.rpartition("@")[0]) in keys}
+    parts = {
+        name: feature for name in rows if name not in keys and (feature := name.rpartition("@")[0]) in keys
+    }
     if not parts and not any(key in rows for key in keys):
         return kjt
     values = kjt.values().clone()

@@ -13,7 +13,7 @@ from embeddings.ids.frozen import FrozenIds
 from embeddings.ids.rules import IdRules
 from tests.helpers.steps import drawn
 from trainer.data.batch import RequestBatch
-from trainer.data.living_ids import looking_up, rules_for, seen_ids
+from trainer.data.living_ids import looking_up, rules_for, seen_ids, with_rows
 from trainer.log.schema import FeatureInfo, Side
 
 RULES = IdRules(capacity=12, shared_rows=3, counts="candidates")
@@ -58,3 +58,13 @@ def test_who_names_candidates_gets_ids_and_no_rows() -> None:
     assert found.features.values().tolist()[3:] == [9, 5]
     assert raw.items is None and raw.candidate_items is not None and found.candidate_items is not None
     assert found.candidate_items.tolist() == raw.candidate_items.tolist() == [1 << 62, 7, -8]
+
+
+def test_a_feature_may_be_called_as_a_part_of_another() -> None:
+    raw = batch_of("item", [[7], [8], [9], [7], [8]])
+    lengths, values = torch.ones(10, dtype=torch.int64), torch.arange(10)
+    features = KeyedJaggedTensor(["item", "item@shop"], values, lengths=lengths, stride=5)
+    rows = np.array([3, 4, 5, 6, 7])
+    found = with_rows(replace(raw, features=features), {"item@shop": rows}).features
+    assert found.keys() == ["item", "item@shop"]
+    assert found.values().tolist() == [0, 1, 2, 3, 4, *rows]
