@@ -19,9 +19,9 @@ _ROWS_AT_ONCE = 1 << 16
 
 def _mix(x: Tensor) -> Tensor:
     """A 32-bit finaliser held in int64 (products stay below 2**63, so nothing overflows)."""
-    x = ((x >> 16) ^ x) * 0x45D9F3B & _MASK
-    x = ((x >> 16) ^ x) * 0x45D9F3B & _MASK
-    return (x >> 16) ^ x
+    for _ in range(2):
+        x = (x >> 16).bitwise_xor_(x).mul_(0x45D9F3B).bitwise_and_(_MASK)
+    return (x >> 16).bitwise_xor_(x)
 
 
 def table_seed(seed: int, table: str) -> int:

@@ -39,6 +39,7 @@ from trainer.checkpoint.files import bytes_of_all
 from trainer.checkpoint.plain_ids import take_ids
 from trainer.checkpoint.same_tasks import check_same_tasks
 from trainer.checkpoint.warm_start import check_source, fill, open_source
+from trainer.config.ids import check_kernels
 from trainer.config.places import place_of
 from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import pinning
@@ -118,6 +119,7 @@ class Start:
 
     def trainer(self, sharded: ShardedModel, say: Say, kind: type[Kind]) -> Kind:
         """The model with everything that trains it, still with its first weights; collective."""
+        check_kernels(self.config.ids, {each.table: each.kernel for each in sharded.placements})
         for line in lines_of(self.config, self.ranks.world_size):
             say(line)
         plan = to_tree(sharded.plan)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
+from embeddings.errors import ConfigError
 from embeddings.groups import TableName
 from embeddings.ids.admission.table import ADMISSIONS
 from embeddings.ids.eviction.table import EVICTIONS
@@ -155,6 +156,19 @@ def against_ids(
                 yield _no_new_rows(f'plan.tables.{table}.sharding: "data_parallel" tables', feature)
             if "fused_uvm_caching" in rule.kernels:
                 yield _no_new_rows(f'plan.tables.{table}.kernels: tables of "fused_uvm_caching"', feature)
+
+
+def check_kernels(ids: Collection[str], kernels: Mapping[str, str]) -> None:
+    """Raise ConfigError where a table of such a feature got a kernel that hides its rows.
+
+    Args:
+        ids: features; kernels: name of a table -> its kernel by the plan.
+    """
+    for table, kernel in kernels.items():
+        name = TableName.of(table)
+        if name is not None and name.feature in ids and kernel not in ("fused", "fused_uvm"):
+            problem = _no_new_rows(f'table {table}: those of kernel "{kernel}"', name.feature)
+            raise ConfigError(f'{problem}: set plan.tables.{table}.kernels = ["fused"], or "fused_uvm"')
 
 
 def _no_new_rows(what: str, feature: str) -> str:

@@ -32,6 +32,8 @@ from trainer.storage.ranges import parquet_source
 # These are probabilities, the others only an order.
 RATES = ("mean_label", "item_rate", "user_item_rate")
 COUNTED = ("item_count", "category_count")
+# Larger ids than those of any vocabulary are raw.
+_DENSE = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,13 @@ class Scorer:
         """
         manifest, tasks, missing = read_manifest(reader.config.log), reader.columns.tasks, []
         popularity = rates = None
-        if items is not None:
+        if items is not None and not manifest.features["item_id"].raw:
             try:
                 popularity = items, item_counts(reader.config.log, items)
             except DataError as error:
                 missing.append(f"item popularity: {error}")
+        elif items is not None:
+            missing.append("item popularity: the log's ids of items are raw, so that nobody counted them")
         of_training = reader.split == "train"
         try:
             if most and manifest.holds("train") and manifest.splits["train"].candidates > most:
@@ -277,6 +281,10 @@ def past_counts(rows: UserRows, feature: str, delay: int) -> Floats:
     ends = with_windows(rows, 0, delay).requests[4]
     requests = np.repeat(np.arange(ends.size), np.diff(rows.candidate_offsets))
     row = np.repeat(np.arange(rows.user_id.size), np.diff(rows.request_offsets))[requests]
+    if min(behavior.min(), candidate.min()) < 0 or max(behavior.max(), candidate.max()) > _DENSE:
+        # Raw ids: smaller numbers in their place, or the pairs below would not fit into 64 bits.
+        _, placed = np.unique(np.concatenate([behavior, candidate]), return_inverse=True)
+        behavior, candidate = placed[: behavior.size], placed[behavior.size :]
     # One number for each pair of row and id; positions of equal pairs ascend.
     rows_of_ids = int(max(behavior.max(), candidate.max())) + 1
     lengths = np.diff(rows.history_offsets)

@@ -249,3 +249,28 @@ def test_a_task_that_training_never_observed_lacks_rates_and_others_have_theirs(
     observed = ~np.isnan(found.candidates.label[:, 0])
     own = auc(found.scores["conversion"]["popularity"][observed], clicked.label[:, 0])
     assert table["popularity"]["auc"] == own and 20 < observed.sum() < observed.size
+
+
+def test_raw_ids_of_items_have_the_baselines_of_dense_ones_but_popularity(
+    tmp_path: Path, log: Path, splits: dict[str, list[Row]]
+) -> None:
+    ids = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, INFOS["item_id"].rows).tolist()
+    raw = {
+        split: [
+            {
+                **row,
+                "history_item_id": [ids[one] for one in row["history_item_id"]],
+                "candidate_item_id": [[ids[one] for one in some] for some in row["candidate_item_id"]],
+            }
+            for row in rows
+        ]
+        for split, rows in splits.items()
+    }
+    more = {"item_id": INFOS["item_id"].model_copy(update={"rows": 1, "raw": True})}
+    found = of(write_log(tmp_path / "log", raw, rich=True, more=more))
+    dense = of(log)
+    for task, scores in dense.scores.items():
+        assert set(scores) - set(found.scores[task]) == {"popularity"}
+        for name, values in found.scores[task].items():
+            np.testing.assert_array_equal(values, scores[name], err_msg=name)
+    assert any("item popularity: the log's ids of items are raw" in line for line in found.missing)
