@@ -115,11 +115,11 @@ def until(what: str, running: Sequence[subprocess.Popen[bytes]], ready: Any, sec
         time.sleep(0.2)
 
 
-def feed(stream: Path, pace: float, line: Timeline) -> None:
-    """Let the windows appear one by one."""
+def feed(stream: Path, pace: float, line: Timeline, most: int = 0) -> None:
+    """Let the windows that wait appear one by one, or so many of them."""
     files = sorted((stream / "later").iterdir())
     start = time.time()
-    for number, file in enumerate(files):
+    for number, file in enumerate(files[: most or len(files)]):
         requests = int(np.sum(pq.read_table(file, columns=["num_requests"])["num_requests"].to_numpy()))
         time.sleep(max(0.0, start + number * pace - time.time()))
         file.rename(stream / WINDOWS / file.name)
@@ -165,11 +165,13 @@ def measure(given: Any, run: Path, stream: Path, stars: tuple[int, int]) -> Time
     feeder = threading.Thread(target=feed, args=(stream, given.pace, line), daemon=True)
     watcher = threading.Thread(target=watch, args=(address, stars, line, stop), daemon=True)
     with process(out / "online.log", *train) as trainer:
-        feeder.start()
+        feed(stream, 0.0, line, most=1)
         until("a first version", [trainer], newest.exists, _START_S)
         with process(out / "serve.log", *serve) as server:
             until("the server", [trainer, server], lambda: _answers(address), _START_S)
             watcher.start()
+            until("a first answer", [trainer, server], lambda: bool(line.probes), _START_S)
+            feeder.start()
             feeder.join()
             last = max(line.appeared)
             until("the last window", [trainer, server], lambda: _serves(out, last, line), _END_S)

@@ -92,13 +92,15 @@ def for_stream(config: Config, stream: Path) -> tuple[Config, list[str]]:
     return config.model_copy(update={"train": train.model_copy(update=update), "data": data}), lines
 
 
-def run(config: Config, job: OnlineJob, ranks: Ranks, say: Say) -> Ledger:
-    """The job on one rank, inside a process group; -> what was taken."""
+def run(
+    config: Config, job: OnlineJob, ranks: Ranks, say: Say, kind: type[WindowTrainer] = WindowTrainer
+) -> Ledger:
+    """The job on one rank, inside a process group; -> what was taken. `kind` trains it."""
     stream = config.data.log
     manifest, source = read_manifest(stream), WindowFolder(stream)
     first = _first_window(source, job, ranks, say, config.online.poll_s)
     start = open_start(config, job.out, ranks, say, manifest=first.manifest(manifest))
-    trainer = trainer_of(start, say, WindowTrainer)
+    trainer = trainer_of(start, say, kind)
     with ExitStack() as opened:
         opened.enter_context(ending_well(start.folder, ranks.speaks))
         # Rank 0 holds the folder's lock, and has the process that publishes; all hear where it cannot.
