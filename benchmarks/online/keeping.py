@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pipelines.online import online as job
 
+from pipelines.online import online as job
 from trainer.loop.online import WindowTrainer
 from trainer.quality.scored import Scores, columns_of
 from trainer.ranks.process_group import process_group
