@@ -165,7 +165,7 @@ def memory_needs(
     of_nodes = [sum(on_host(each, gpus) for each in node) for node in nodes]
     worst = of_nodes.index(max(of_nodes))
     own = {"tables": of_nodes[worst], "processes": local * PROCESS, "reading": local * reader}
-    # With the copies that a save is written from.
+    # Twice, for the copies that a save is written from.
     maps = 2 * sum(rules.map_bytes for rules in run.config.id_rules.values())
     own["maps of ids"] = local * maps // cluster.world_size
     if not gpus:

@@ -6,6 +6,7 @@
     SNAP/v00000001/tables/<group>.<place>.safetensors       rows of one table, fp32, fp16 or int8
     SNAP/v00000001/tables/<group>.<place>.ids.safetensors   which rows these are, where they are a delta
     SNAP/v00000001/search/<branch>.<place>.safetensors      the same for what a retrieval service wants
+    SNAP/v00000001/ids/<n>.safetensors    which raw ids have a row, where ids come and go
     SNAP/v00000001/dense.safetensors
     SNAP/v00000001/recorded.safetensors   a few requests, the trainer's scores of them and the snapshot's own
     SNAP/v00000001/code/*.pt2             only where asked for; never read here

@@ -58,17 +58,18 @@ class LayeredIds:
 
     def own_rows(self, wanted: Ids) -> Int64s:
         """The row of each id, which may repeat; -1 for those that have none of their own."""
-        rows = np.full(wanted.size, _NO_ROW, dtype=np.int64)
-        # Places whose ids no newer layer knows.
-        left = np.arange(wanted.size)
-        for number, layer in enumerate(self.layers):
-            place, here = _places(layer.ids, wanted[left])
+        # Ascending, each once: binary searches then look at near places one after the other.
+        distinct, of_wanted = np.unique(wanted, return_inverse=True)
+        rows = np.full(distinct.size, _NO_ROW, dtype=np.int64)
+        # Places of ids that no newer layer knows.
+        left = np.arange(distinct.size)
+        for layer in self.layers:
+            place, here = _places(layer.ids, distinct[left])
             rows[left[here]] = layer.rows[place[here]]
-            if number + 1 == len(self.layers):
-                break
             left = left[~here]
-            left = left[~_places(layer.gone, wanted[left])[1]]
-        return rows
+            if layer.gone.size:
+                left = left[~_places(layer.gone, distinct[left])[1]]
+        return rows[of_wanted]
 
     def look_up(self, wanted: Ids) -> Int64s:
         """The row of each id, which may repeat; that of others is a shared one, as in training."""

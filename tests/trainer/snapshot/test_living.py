@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from embeddings.ids.stage import IdStage
 from pipelines.export import report_lines
 from pipelines.export_version import ExportOptions, Published, publish_version
 from pipelines.score import score
+from tests.helpers.launching import ROOT
 from tests.helpers.living import raw_id, raw_log, see, stage_of
 from tests.helpers.logs import small_log
 from tests.helpers.models import preset
@@ -115,10 +118,26 @@ def test_a_manifest_says_nothing_of_maps_where_there_are_none(tmp_path: Path) ->
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("living")
     log = raw_log(root / "log")
-    for steps, since in ((1, ""), (2, "1")):
+    for steps, since in ((2, ""), (3, "1")):
         trained(root / "run", log, steps)
         published(root / "run", root / "out", since)
     return root / "out"
+
+
+def test_a_reader_of_tombstones_follows_version_by_version(chain: Path) -> None:
+    """The code on the page, applied to a store of ids."""
+    page = (ROOT / "docs" / "snapshots.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(next(code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "gone" in code), names)
+    store: dict[int, int] = {}
+    for number in (1, 2):
+        gone, there = names["changes"](chain / f"v{number:08d}", "item_id")
+        assert (len(gone) > 0) == (number == 2)
+        for item in gone:
+            del store[item]
+        store |= there
+        whole = load_snapshot(chain / f"v{number:08d}").id_maps["item_id"].whole()
+        assert store == dict(zip(whole.ids.tolist(), whole.rows.tolist(), strict=True))
 
 
 def test_a_chain_that_lost_a_map_is_refused(chain: Path, tmp_path: Path) -> None:
