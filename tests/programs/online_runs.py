@@ -211,7 +211,7 @@ def kill_at_random(root: Path, kills: int) -> None:
     whole = time.monotonic() - started
     while len(places) < kills:
         # Mostly less than a start with a window takes, so that not all windows are trained at once.
-        seconds = float(rng.uniform(0.1, 0.45) * whole)
+        seconds = float(rng.uniform(0.05, 0.25) * whole)
         if runs.run("killed", 1, after(seconds), **every) == [0]:
             break
         found = files.checkpoints(root / "killed" / "checkpoints")
