@@ -29,7 +29,7 @@ FORMATTED = $(CHECKED) tests benchmarks docs/tools
 
 # The smoke run goes through every step on a slice of the data.
 INGEST_SMOKE = $(if $(SMOKE),--set users=200)
-ONLINE_SMOKE = $(if $(SMOKE),--users 1200 --every 3h --pace 1)
+ONLINE_SMOKE = $(if $(SMOKE),--users 600 --every 6h --pace 0.5)
 TRAIN_SMOKE = $(if $(SMOKE),train.max_steps=40)
 
 SHELL := bash

@@ -386,7 +386,7 @@ def test_every_component_runs(tmp_path: Path) -> None:
     stream = write_stream(tmp_path / "stream")
     add_window(stream, "w1", rows_of(1))
     windows = online(*told, config=config, stream=str(stream), out=str(tmp_path / "online"))
-    assert "windows so far: 1 trained" in started(windows)
+    assert "samples in 2 steps" in started(windows)
     there = [name for name, each in vars(components).items() if _is_component(each)]
     assert sorted(there) == ["evaluate", "export", "online", "plan", "train"], "each is run here"
 
