@@ -17,6 +17,7 @@ import numpy as np
 
 import pipelines.online.online as job
 import pipelines.online.publisher as publishing
+import trainer.snapshot.publishing as snapshots
 from tests.helpers.forked import fork_ranks, one_thread
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import Row
@@ -99,6 +100,11 @@ def before_note(ranks: Ranks) -> None:
     publishing.write_text = lambda *given: die()  # type: ignore[assignment]
 
 
+def before_latest(ranks: Ranks) -> None:
+    """Have the process die when a version is there, and the newest is still said to be the one before."""
+    snapshots.write_text = lambda *given: die()  # type: ignore[assignment]
+
+
 class OnlineRuns:
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -172,6 +178,7 @@ def main(root: Path) -> None:
         ("after it was measured", before_call(WindowTrainer, "_learn", 2), {}),
         ("before it is saved", before_call(Trainer, "_save", 1), {}),
         ("before it is published", before_call(publishing.VersionPublisher, "offer", 1), {}),
+        ("published, not yet the newest", before_latest, {}),
         ("published, not written down", before_note, {}),
     ]
     report["codes"] = {}
