@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
 import time
 import traceback
@@ -42,7 +41,6 @@ _FAILURES = 3
 # How long a process whose pipe is closed may take to end.
 _GONE_S = 5.0
 _STOPS = (signal.SIGTERM, signal.SIGINT)
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
 
 @dataclass(frozen=True)
@@ -182,8 +180,6 @@ class VersionPublisher:
 
 def serve(pipe: Connection, places: Places, settings: OnlineConfig) -> None:
     """What the process does: publish what comes through the pipe, until its other end is closed."""
-    for name in _LAUNCHER:
-        os.environ.pop(name, None)
     for number in _STOPS:
         # Whoever stops the run stops this by closing the pipe.
         signal.signal(number, signal.SIG_IGN)
@@ -191,7 +187,7 @@ def serve(pipe: Connection, places: Places, settings: OnlineConfig) -> None:
     quiet_third_parties()
     without = "two runs may publish at a time"
     lock = locked(places.run / ".publishing.lock", without, wait=True)
-    with lock, process_group(device="cpu") as ranks, suppress(EOFError, BrokenPipeError):
+    with lock, process_group(device="cpu", alone=True) as ranks, suppress(EOFError, BrokenPipeError):
         while True:
             pipe.send(answer_to(pipe.recv(), places, settings, ranks))
 
