@@ -298,7 +298,7 @@ def online(*args: str, config: str, stream: str, out: str, snapshots: str = "", 
     The first rank has one more process, which publishes versions.
 
     Args:
-        args: further options of `tandemrec online`, after a `--`, such as `-- --follow --set train.seed=2`
+        args: further options and overrides, after a `--`, for example `-- --follow train.seed=2`
         config: the TOML configuration
         stream: the folder of the stream; with several nodes it must be on storage that all of them share
         out: the run folder; with several nodes it must be on storage that all of them share

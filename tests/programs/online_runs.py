@@ -19,6 +19,7 @@ import numpy as np
 
 import pipelines.online.online as job
 import pipelines.online.publisher as publishing
+import trainer.snapshot.publishing as snapshots
 from tests.helpers.forked import fork_ranks, one_thread
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import Row
@@ -111,6 +112,11 @@ def after(seconds: float) -> Before:
     return before
 
 
+def before_latest(ranks: Ranks) -> None:
+    """Have the process die when a version is there, and the newest is still said to be the one before."""
+    snapshots.write_text = lambda *given: die()  # type: ignore[assignment]
+
+
 class OnlineRuns:
     def __init__(self, root: Path, windows: int = WINDOWS) -> None:
         self.root = root
@@ -185,6 +191,7 @@ def main(root: Path) -> None:
         ("after it was measured", before_call(WindowTrainer, "_learn", 2), {}),
         ("before it is saved", before_call(Trainer, "_save", 1), {}),
         ("before it is published", before_call(publishing.VersionPublisher, "offer", 1), {}),
+        ("published, not yet the newest", before_latest, {}),
         ("published, not written down", before_note, {}),
     ]
     report["codes"] = {}
