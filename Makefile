@@ -29,6 +29,7 @@ FORMATTED = $(CHECKED) tests benchmarks docs/tools
 
 # The smoke run goes through every step on a slice of the data.
 INGEST_SMOKE = $(if $(SMOKE),--set users=200)
+ONLINE_SMOKE = $(if $(SMOKE),--users 600 --every 6h --pace 0.5)
 TRAIN_SMOKE = $(if $(SMOKE),train.max_steps=40)
 
 SHELL := bash
@@ -47,7 +48,7 @@ help: ## this list
 	@echo "  TORCH_INDEX=URL  package index for torch, such as PyTorch's CPU-only one (a far smaller download)"
 	@echo "  OUT=runs/demo    where 'make train' writes"
 	@echo "  NPROC=2          ranks it trains on; with DEVICE=cuda one a GPU, at most 2"
-	@echo "  SMOKE=1          'make train' on a slice of the data, into runs/smoke"
+	@echo "  SMOKE=1          'make train' and 'make online' in small, into runs/smoke"
 	@echo "  TEST_WORKERS=3   processes of 'make test'"
 	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too"
 	@echo "  STEPS=right      only some steps of 'make gpu-check'; BUDGET=600 is the seconds that it may take"
@@ -122,6 +123,13 @@ train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, expor
 
 serve: install ## after `make train`: score over HTTP, with a page at http://127.0.0.1:8000
 	@tandemrec serve --snapshot "$(OUT)"/snapshot --histories "$(LOG)"
+
+.PHONY: online
+online: install ## a stream, a training and a server that follow it: how fresh served scores are
+	@mkdir -p "$(OUT)"/online
+	@python -m benchmarks online freshness --config configs/dare.toml --out "$(OUT)"/online $(ONLINE_SMOKE) \
+	  --page "$(OUT)"/online/freshness.md --image "$(OUT)"/online/scores.svg
+	@echo "done. page: $(OUT)/online/freshness.md   served scores over time: $(OUT)/online/scores.svg"
 
 # Byte code is kept even where containers say not to, or each worker compiles all plugins and files again.
 test: install-dev ## the tests

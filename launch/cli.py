@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
 from launch.options import (
     At,
@@ -23,6 +23,7 @@ from launch.options import (
     ConfigFile,
     Device,
     Dtype,
+    MoreOverrides,
     Overrides,
     Overwrite,
     RunFolder,
@@ -182,11 +183,7 @@ def train(
     init_from: Annotated[
         Path | None, At(metavar="DIR|RUN", help="Start a new run with the weights of another one.")
     ] = None,
-    more: Annotated[
-        list[str] | None,
-        # TorchX refuses an option that occurs twice, also among the arguments it only passes on.
-        Argument(metavar="[KEY=VALUE]...", help="More overrides, the same as --set.", show_default=False),
-    ] = None,
+    more: MoreOverrides = None,
     check: Annotated[bool, Option("--check", help="Only check the configuration and the log.")] = False,
     profile: Annotated[
         bool, Option("--profile", help="Trace 20 steps and print where their time went.")

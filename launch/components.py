@@ -290,6 +290,24 @@ def train(*args: str, config: str, out: str, job: Job) -> specs.AppDef:
     return job.app(["train", "--config", config, "--out", out, *args], ranks=True)
 
 
+@_component(*_RANKS, "max_retries", name="tandemrec-online")
+def online(*args: str, config: str, stream: str, out: str, snapshots: str = "", job: Job) -> specs.AppDef:
+    """
+    Trains a stream with `tandemrec online`, on one rank or many. A run that exists goes on.
+
+    The first rank has one more process, which publishes versions.
+
+    Args:
+        args: further options and overrides, after a `--`, for example `-- --follow train.seed=2`
+        config: the TOML configuration
+        stream: the folder of the stream; with several nodes it must be on storage that all of them share
+        out: the run folder; with several nodes it must be on storage that all of them share
+        snapshots: where versions are published; else nothing is
+    """
+    words = ["online", "--config", config, "--stream", stream, "--out", out]
+    return job.app([*words, *(["--snapshots", snapshots] if snapshots else []), *args], ranks=True)
+
+
 @_component(*_RANKS, name="tandemrec-evaluate")
 def evaluate(
     *args: str, run: str, split: str = "test", device: OptionalText = None, sample: int = 0, job: Job

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 
 def _show_version(wanted: bool) -> None:
@@ -52,6 +52,11 @@ ConfigFile = Annotated[Path, At("--config", metavar="FILE", help="TOML configura
 Overrides = Annotated[
     list[str] | None,
     Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration; repeatable."),
+]
+MoreOverrides = Annotated[
+    list[str] | None,
+    # TorchX refuses an option that occurs twice, also among the arguments it only passes on.
+    Argument(metavar="[KEY=VALUE]...", help="More overrides, the same as --set.", show_default=False),
 ]
 RunFolder = Annotated[Path, At("--run", metavar="RUN", help="A run folder written by `train`.")]
 Dtype = Literal["fp32", "fp16", "int8"]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from launch.options import At, ConfigFile, Overrides, Overwrite
+from launch.options import At, ConfigFile, MoreOverrides, Overrides, Overwrite
 
 
 def windows(
@@ -50,9 +50,10 @@ def online(
     windows: Annotated[int, Option(min=0, help="To train before it ends; 0: all that are there.")] = 0,
     follow: Annotated[bool, Option("--follow", help="Wait for more windows.")] = False,
     overrides: Overrides = None,
+    more: MoreOverrides = None,
 ) -> None:
     """Train a stream window by window and publish what was learnt."""
     from pipelines.online.online import OnlineJob
     from pipelines.online.online import online as run
 
-    run(config, OnlineJob(stream, out, snapshots, windows, follow), overrides or ())
+    run(config, OnlineJob(stream, out, snapshots, windows, follow), [*(overrides or []), *(more or [])])

@@ -263,6 +263,7 @@ def _let_appear(stream: Path, pace: float) -> None:
     for number, file in enumerate(sorted(pending.iterdir())):
         if number:
             time.sleep(pace)
+        file.touch()  # so that it is as old as it seems
         file.rename(stream / WINDOWS / file.name)
         sync(stream / WINDOWS)
         print(f"{file.name} is there", flush=True)

@@ -82,6 +82,23 @@ def shell_lines(page: str) -> list[str]:
     return [line.split("#")[0].strip() for line in text.splitlines() if line.split("#")[0].strip()]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_make_online_in_small(tmp_path: Path) -> None:
+    """A stream, a training that follows it and a server that follows that; every request is answered."""
+    command = ["make", "online", "SMOKE=1", f"OUT={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    page = (tmp_path / "online" / "freshness.md").read_text(encoding="utf-8")
+    assert "event to served score" in page and (tmp_path / "online" / "scores.svg").exists()
+    lines = (tmp_path / "online" / "online" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    windows = [entry["window"] for entry in entries if entry["split"] == "window"]
+    versions = [entry["version"] for entry in entries if entry["split"] == "version"]
+    assert len(windows) > 1 and windows == sorted(set(windows))
+    assert versions == [f"v{number:08d}" for number in range(1, len(windows) + 1)]
+
+
 def test_the_two_commands_are_there() -> None:
     lines = shell_lines("README.md")
     assert {"make train", "make test"} <= set(lines)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -57,11 +58,19 @@ class Timeline:
 
     Attributes:
         appeared: window -> when it appeared; requests: window -> how many it has.
+        failed: why an answer failed to come; empty: all came.
     """
 
     appeared: dict[str, float] = field(default_factory=dict)
     requests: dict[str, int] = field(default_factory=dict)
     probes: list[Probe] = field(default_factory=list)
+    failed: str = ""
+
+    def answered(self) -> bool:
+        """Whether there is any answer. Raises SystemExit where one failed to come."""
+        if self.failed:
+            raise SystemExit(f"a request was not answered: {self.failed}")
+        return bool(self.probes)
 
 
 def prepare(given: Any) -> tuple[Path, Path]:
@@ -115,13 +124,14 @@ def until(what: str, running: Sequence[subprocess.Popen[bytes]], ready: Any, sec
         time.sleep(0.2)
 
 
-def feed(stream: Path, pace: float, line: Timeline) -> None:
-    """Let the windows appear one by one."""
+def feed(stream: Path, pace: float, line: Timeline, most: int = 0) -> None:
+    """Let the windows that wait appear one by one, or so many of them."""
     files = sorted((stream / "later").iterdir())
     start = time.time()
-    for number, file in enumerate(files):
+    for number, file in enumerate(files[: most or len(files)]):
         requests = int(np.sum(pq.read_table(file, columns=["num_requests"])["num_requests"].to_numpy()))
         time.sleep(max(0.0, start + number * pace - time.time()))
+        file.touch()  # it is as old as it seems
         file.rename(stream / WINDOWS / file.name)
         line.appeared[file.stem], line.requests[file.stem] = time.time(), requests
 
@@ -145,9 +155,13 @@ def ask(address: str, stars: tuple[int, int]) -> tuple[str, float, float]:
 
 
 def watch(address: str, stars: tuple[int, int], line: Timeline, stop: threading.Event) -> None:
-    """Ask until `stop`; every request is answered, or this fails."""
+    """Ask until `stop`, or until an answer fails to come."""
     while not stop.wait(_PROBE_S):
-        version, before, after = ask(address, stars)
+        try:
+            version, before, after = ask(address, stars)
+        except OSError as error:
+            line.failed = str(error)
+            return
         line.probes.append(Probe(time.time(), version, before, after))
 
 
@@ -160,22 +174,31 @@ def measure(given: Any, run: Path, stream: Path, stars: tuple[int, int]) -> Time
     sets = [word for override in overrides for word in ("--set", override)]
     train = ["online", "--config", str(given.config), "--stream", str(stream), "--out", str(out / "online")]
     train += ["--snapshots", str(snapshots), "--follow", *sets]
-    serve = ["serve", "--snapshot", str(snapshots), "--port", str(given.port), "--poll-seconds", "1"]
-    address, newest = f"http://127.0.0.1:{given.port}", snapshots / "LATEST"
+    port = _free_port()
+    serve = ["serve", "--snapshot", str(snapshots), "--port", str(port), "--poll-seconds", "1"]
+    address, newest = f"http://127.0.0.1:{port}", snapshots / "LATEST"
     feeder = threading.Thread(target=feed, args=(stream, given.pace, line), daemon=True)
     watcher = threading.Thread(target=watch, args=(address, stars, line, stop), daemon=True)
     with process(out / "online.log", *train) as trainer:
-        feeder.start()
+        feed(stream, 0.0, line, most=1)
         until("a first version", [trainer], newest.exists, _START_S)
         with process(out / "serve.log", *serve) as server:
             until("the server", [trainer, server], lambda: _answers(address), _START_S)
             watcher.start()
+            until("a first answer", [trainer, server], line.answered, _START_S)
+            feeder.start()
             feeder.join()
             last = max(line.appeared)
             until("the last window", [trainer, server], lambda: _serves(out, last, line), _END_S)
             stop.set()
             watcher.join()
     return line
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _answers(address: str) -> bool:
@@ -187,7 +210,7 @@ def _answers(address: str) -> bool:
 
 
 def _serves(out: Path, window: str, line: Timeline) -> bool:
-    return bool(line.probes) and versions_of(out).get(line.probes[-1].version, "") >= window
+    return line.answered() and versions_of(out).get(line.probes[-1].version, "") >= window
 
 
 def versions_of(out: Path) -> dict[str, str]:
@@ -233,7 +256,6 @@ def main(words: Sequence[str]) -> None:
     options.add_argument("--users", type=int, default=24_000, help="requests of the first six days")
     options.add_argument("--every", default="30m", help="of a window, in event time")
     options.add_argument("--pace", type=float, default=5.0, help="seconds between two windows")
-    options.add_argument("--port", type=int, default=8317)
     options.add_argument("--seed", type=int, default=7)
     options.add_argument("--image", type=Path, help="an SVG of both scores")
     options.overriding()

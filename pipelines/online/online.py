@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from embeddings.agreement import from_rank_0
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, DataError
 from pipelines.console import quiet_third_parties
 from pipelines.online.publisher import Places, VersionPublisher
 from pipelines.start import Start, open_split, open_start
@@ -92,13 +92,15 @@ def for_stream(config: Config, stream: Path) -> tuple[Config, list[str]]:
     return config.model_copy(update={"train": train.model_copy(update=update), "data": data}), lines
 
 
-def run(config: Config, job: OnlineJob, ranks: Ranks, say: Say) -> Ledger:
-    """The job on one rank, inside a process group; -> what was taken."""
+def run(
+    config: Config, job: OnlineJob, ranks: Ranks, say: Say, kind: type[WindowTrainer] = WindowTrainer
+) -> Ledger:
+    """The job on one rank, inside a process group; -> what was taken. `kind` trains it."""
     stream = config.data.log
     manifest, source = read_manifest(stream), WindowFolder(stream)
-    first = _first_window(source, job, ranks, say, config.online.poll_s)
+    first = _first_window(source, job, config, say)
     start = open_start(config, job.out, ranks, say, manifest=first.manifest(manifest))
-    trainer = trainer_of(start, say, WindowTrainer)
+    trainer = trainer_of(start, say, kind)
     with ExitStack() as opened:
         opened.enter_context(ending_well(start.folder, ranks.speaks))
         # Rank 0 holds the folder's lock, and has the process that publishes; all hear where it cannot.
@@ -127,18 +129,27 @@ def _open(start: Start, manifest: LogManifest, window: Window) -> SequenceLogRea
     return open_split(config, SPLIT, rows, start.ranks, seed=config.train.seed, manifest=of_window)
 
 
-def _first_window(source: WindowFolder, job: OnlineJob, ranks: Ranks, say: Say, poll_s: float) -> Window:
+def _first_window(source: WindowFolder, job: OnlineJob, config: Config, say: Say) -> Window:
     """Any window with requests: what a model needs to know of its input; waits for one. Collective.
 
+    Which of those that cannot be read end the run is said by whoever takes them one by one.
+
     Raises:
-        ConfigError: there is none, and nobody wants to wait.
+        ConfigError: there is none, and nobody wants to wait. DataError: none can be read.
     """
 
     def look() -> Window | None:
+        problems = []
         for name, stamp in source.listed().items():
-            window = source.open(name, stamp)
+            try:
+                window = source.open(name, stamp)
+            except (DataError, OSError) as error:
+                problems.append(f"window {name}: {error}")
+                continue
             if not window.empty:
                 return window
+        if problems and not (job.follow and config.data.on_bad == "skip"):
+            raise DataError(f"no window with requests can be read; {problems[0]}", file=source.folder)
         return None
 
     said = False
@@ -148,7 +159,7 @@ def _first_window(source: WindowFolder, job: OnlineJob, ranks: Ranks, say: Say, 
         if not said:
             say(f"waiting for a first window in {source.folder}")
         said = True
-        from_rank_0(lambda: time.sleep(poll_s))
+        from_rank_0(lambda: time.sleep(config.online.poll_s))
     return window
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
 import time
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,20 +23,24 @@ from typing import Any
 
 from embeddings.errors import DataError, SnapshotError, TandemError
 from pipelines.console import quiet_third_parties
-from pipelines.export_version import ExportOptions, publish_version
+from pipelines.export_version import ExportOptions, Published, publish_version
 from trainer.checkpoint import files
 from trainer.config.online import OnlineConfig
 from trainer.data.stream.folder import WindowFolder
 from trainer.data.stream.ledger import Ledger
-from trainer.log.schema import LogManifest, read_manifest
+from trainer.log.schema import LogManifest
+from trainer.log.schema import read_manifest as read_log
 from trainer.loop.online import Version
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_folder import RunFolder
-from trainer.sealed_folder import MANIFEST, locked, write_text
-from trainer.snapshot.manifest import LATEST
+from trainer.sealed_folder import locked, write_text
+from trainer.snapshot.manifest import LATEST, read_manifest
+from trainer.snapshot.publishing import open_base, version_of
 
 _FAILURES = 3
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+# How long a process whose pipe is closed may take to end.
+_GONE_S = 5.0
+_STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,15 @@ class VersionPublisher:
         mine, other = context.Pipe()
         given = other, self._places, self._settings
         process = context.Process(target=serve, args=given, daemon=True)
-        process.start()
+        # Held back until the process ignores them, which takes seconds: a signal to all of a group of
+        # processes would end it, and the run could not stop in order. What a start brings up the first time
+        # lets them through, so it is brought up before.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # Or its end would not be noticed.
         other.close()
         return mine, process
@@ -148,7 +161,9 @@ class VersionPublisher:
             return
         try:
             answer: Answer = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
+            # Of the second kind where it has left something unread.
+            self._process.join(_GONE_S)
             code = self._process.exitcode
             raise SnapshotError(
                 self._places.snapshots, f"the process that publishes has ended (exit code {code}), see above"
@@ -165,15 +180,14 @@ class VersionPublisher:
 
 def serve(pipe: Connection, places: Places, settings: OnlineConfig) -> None:
     """What the process does: publish what comes through the pipe, until its other end is closed."""
-    for name in _LAUNCHER:
-        os.environ.pop(name, None)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOPS:
         # Whoever stops the run stops this by closing the pipe.
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     quiet_third_parties()
     without = "two runs may publish at a time"
     lock = locked(places.run / ".publishing.lock", without, wait=True)
-    with lock, process_group(device="cpu") as ranks, suppress(EOFError, BrokenPipeError):
+    with lock, process_group(device="cpu", alone=True) as ranks, suppress(EOFError, BrokenPipeError):
         while True:
             pipe.send(answer_to(pipe.recv(), places, settings, ranks))
 
@@ -184,26 +198,22 @@ def answer_to(order: Order, places: Places, settings: OnlineConfig, ranks: Ranks
         return Answer(_publish(order, places, settings, ranks))
     except (TandemError, OSError, MemoryError) as error:
         return Answer({}, str(error) or type(error).__name__)
+    except Exception as error:
+        # Nobody has thought of it, so its whole story is shown; it counts as any failure.
+        traceback.print_exc()
+        return Answer({}, f"{type(error).__name__}: {error}")
 
 
 def _publish(order: Order, places: Places, settings: OnlineConfig, ranks: Ranks) -> dict[str, Any]:
     started = time.monotonic()
-    number, found = _newest(places, order.step)
-    if found is None:
-        whole = number % settings.full_every == 0
-        options = ExportOptions(
-            dtype=settings.dtype,
-            attention_dtype=settings.attention_dtype,
-            since="" if whole else str(number),
-            keep=settings.keep,
-            parity_requests=settings.compare_requests,
-            which=str(order.step),
-        )
-        requests = _requests(places.stream, order.window)
-        done = publish_version(places.run, places.snapshots, ranks, options, requests)
+    there = files.of_step(RunFolder(places.run).checkpoints, order.step)
+    # A run that was killed may have published it and not written that down.
+    path = version_of(places.snapshots, {files.manifest_digest(each) for each in there})
+    if path is None:
+        done = _new_version(order, places, settings, ranks)
         found, path = done.manifest.model_dump(mode="json"), done.path
     else:
-        path = places.snapshots / _name(number)
+        found = read_manifest(path).model_dump(mode="json")
     write_text(places.published, json.dumps({"step": order.step, "version": path.name}))
     return {
         "version": path.name,
@@ -217,23 +227,37 @@ def _publish(order: Order, places: Places, settings: OnlineConfig, ranks: Ranks)
     }
 
 
-def _newest(places: Places, step: int) -> tuple[int, dict[str, Any] | None]:
-    """Number of the newest version, 0 = none; and its manifest if it is that of the step's checkpoint.
+def _new_version(order: Order, places: Places, settings: OnlineConfig, ranks: Ranks) -> Published:
+    """A delta while its chain is short enough; whole where there is nothing that one could build on."""
+    options = ExportOptions(
+        dtype=settings.dtype,
+        attention_dtype=settings.attention_dtype,
+        keep=settings.keep,
+        parity_requests=settings.compare_requests,
+        which=str(order.step),
+    )
+    given = places.run, places.snapshots, ranks
+    requests = _requests(places.stream, order.window)
+    try:
+        if since := _base(places.snapshots, settings.full_every):
+            return publish_version(*given, replace(options, since=since), requests)
+    except SnapshotError as error:
+        # What it builds on may be damaged, and would be for every version after this one.
+        print(f"no delta can be published, so this version is whole: {error}", flush=True)
+    return publish_version(*given, options, requests)
 
-    A run that was killed may have published it and not written that down.
+
+def _base(snapshots: Path, full_every: int) -> str:
+    """The version that a delta is to build on; empty where a whole version is due, or there is none.
+
+    Raises:
+        SnapshotError: the newest one, or one that it builds on, is missing or damaged.
     """
     try:
-        name = (places.snapshots / LATEST).read_text(encoding="utf-8").strip()
-        manifest: dict[str, Any] = json.loads((places.snapshots / name / MANIFEST).read_text("utf-8"))
+        newest = (snapshots / LATEST).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
-        return 0, None
-    number, there = int(manifest["number"]), files.of_step(RunFolder(places.run).checkpoints, step)
-    same = manifest["checkpoint"] in {files.manifest_digest(path) for path in there}
-    return number, manifest if same else None
-
-
-def _name(number: int) -> str:
-    return f"v{number:08d}"
+        return ""
+    return newest if len(open_base(snapshots, newest).versions) < full_every else ""
 
 
 def _requests(stream: Path, window: str) -> LogManifest:
@@ -245,7 +269,7 @@ def _requests(stream: Path, window: str) -> LogManifest:
         with suppress(DataError, OSError):
             found = source.open(name, listed[name])
             if not found.empty:
-                return found.manifest(read_manifest(stream))
+                return found.manifest(read_log(stream))
     raise DataError("no window is there to compare scores on; leave the newest ones there", file=stream)
 
 

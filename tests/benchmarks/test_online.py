@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from benchmarks.online import december
 from benchmarks.online.capacity import CASES, settings_of
 from benchmarks.online.freshness import Probe, Timeline, delays, followed, served_at
 from benchmarks.online.plot import line_plot, ticks_of
@@ -59,7 +60,6 @@ def test_ticks_enclose_the_values(low: float, high: float) -> None:
 
 
 def test_candidates_of_a_log_meet_their_scores(tmp_path: Path) -> None:
-    december = pytest.importorskip("benchmarks.online.december")
     log = small_log(tmp_path / "log")
     manifest = read_manifest(log)
     table = december.candidates_of(log, manifest, ("validation", "test"))

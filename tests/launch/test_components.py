@@ -22,9 +22,10 @@ from torchx.specs.file_linter import validate
 
 from launch import components
 from launch.cli import app
-from launch.components import Job, JobError, JobShape, evaluate, export, parse_shape, plan, train
+from launch.components import Job, JobError, JobShape, evaluate, export, online, parse_shape, plan, train
 from tests.helpers.launching import ROOT, SETTINGS, launched
 from tests.helpers.logs import small_log
+from tests.helpers.streams import add_window, rows_of, write_stream
 
 ODD = [
     "a b",
@@ -141,7 +142,7 @@ def test_no_restarts_unless_asked() -> None:
     assert "--max-restarts=0" in _command(train(config="c", out="o"))
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "export", "plan"])
+@pytest.mark.parametrize("verb", ["train", "online", "evaluate", "export", "plan"])
 def test_torchx_accepts_the_signature_and_every_argument_has_its_help(verb: str) -> None:
     assert validate(str(Path(components.__file__)), verb) == []
     function = getattr(components, verb)
@@ -382,8 +383,12 @@ def test_every_component_runs(tmp_path: Path) -> None:
     assert snapshot in started(export(run=str(run), out=str(tmp_path / "snap")))
     told = [word for pair in words for word in ("--set", pair)]
     assert "representation__item_id" in started(plan(*told, config=config, world_size=4))
+    stream = write_stream(tmp_path / "stream")
+    add_window(stream, "w1", rows_of(1))
+    windows = online(*told, config=config, stream=str(stream), out=str(tmp_path / "online"))
+    assert "samples in 2 steps" in started(windows)
     there = [name for name, each in vars(components).items() if _is_component(each)]
-    assert sorted(there) == ["evaluate", "export", "plan", "train"], "each is run here"
+    assert sorted(there) == ["evaluate", "export", "online", "plan", "train"], "each is run here"
 
 
 def _is_component(each: object) -> bool:

@@ -1,6 +1,7 @@
 """Script: trainings of a stream on forked ranks, which are killed again and again; one JSON report.
 
 python -m tests.programs.online_runs FOLDER
+python -m tests.programs.online_runs FOLDER 20      that many kills at random moments, by hand
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 
 import pipelines.online.online as job
 import pipelines.online.publisher as publishing
+import trainer.snapshot.publishing as snapshots
 from tests.helpers.forked import fork_ranks, one_thread
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import Row
@@ -99,11 +102,26 @@ def before_note(ranks: Ranks) -> None:
     publishing.write_text = lambda *given: die()  # type: ignore[assignment]
 
 
+def after(seconds: float) -> Before:
+    """Have the process end after a time, wherever it is, by a signal that nothing listens to."""
+
+    def before(ranks: Ranks) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    return before
+
+
+def before_latest(ranks: Ranks) -> None:
+    """Have the process die when a version is there, and the newest is still said to be the one before."""
+    snapshots.write_text = lambda *given: die()  # type: ignore[assignment]
+
+
 class OnlineRuns:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, windows: int = WINDOWS) -> None:
         self.root = root
         self.stream = write_stream(root / "stream", item_id=FeatureInfo(rows=1, raw=True))
-        for number in range(WINDOWS):
+        for number in range(windows):
             add_window(self.stream, f"w{number}", raw(rows_of(number), number))
         add_window(self.stream, "w25", [])
 
@@ -153,6 +171,7 @@ class OnlineRuns:
             "counts": dict(ledger.counts),
             "measured": [[line["step"], line["window"], line["samples"]] for line in measured],
             "cold": [line.get("cold_items", {}).get("samples", 0) for line in measured],
+            "lag": [[line["lag_windows"], line["lag_s"]] for line in measured],
             "losses": [[line["step"], line["loss"]] for line in lines if line["split"] == "train"],
             "cursor": [state["cursor"][key] for key in ("window", "epoch", "blocks")],
             "candidates": state["candidates"],
@@ -172,6 +191,7 @@ def main(root: Path) -> None:
         ("after it was measured", before_call(WindowTrainer, "_learn", 2), {}),
         ("before it is saved", before_call(Trainer, "_save", 1), {}),
         ("before it is published", before_call(publishing.VersionPublisher, "offer", 1), {}),
+        ("published, not yet the newest", before_latest, {}),
         ("published, not written down", before_note, {}),
     ]
     report["codes"] = {}
@@ -189,6 +209,30 @@ def main(root: Path) -> None:
     (root / "report.json").write_text(json.dumps(report))
 
 
+def kill_at_random(root: Path, kills: int) -> None:
+    """Print whether ten windows end with the same facts after so many kills."""
+    runs, rng, places = OnlineRuns(root, 10), np.random.default_rng(7), []
+    every = {"online__full_every": 4, "checkpoint__every_steps": 2, "train__max_starts_without_progress": 0}
+    started = time.monotonic()
+    assert runs.run("whole", 1, **every) == [0], (root / "whole.said").read_text()
+    whole = time.monotonic() - started
+    while len(places) < kills:
+        # Mostly less than a start with a window takes, so that not all windows are trained at once.
+        seconds = float(rng.uniform(0.05, 0.25) * whole)
+        if runs.run("killed", 1, after(seconds), **every) == [0]:
+            break
+        found = files.checkpoints(root / "killed" / "checkpoints")
+        places.append(files.step_of(found[0]) if found else 0)
+    assert runs.run("killed", 1, **every) == [0], (root / "killed.said").read_text()
+    one, other = (runs.facts(name) for name in ("whole", "killed"))
+    differs = [key for key in one if one[key] != other[key]]
+    print(f"{len(places)} kills, newest checkpoint after each: {places}; differs: {differs or 'nothing'}")
+    print("versions [number, step, whole]:", other["versions"])
+
+
 if __name__ == "__main__":
     one_thread()
-    main(Path(sys.argv[1]))
+    if sys.argv[2:]:
+        kill_at_random(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1]))

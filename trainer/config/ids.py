@@ -150,10 +150,7 @@ def against_ids(
             yield f"tables.{feature}.rows: ids.{feature}.capacity says how many rows there are"
         if feature == data.domain:
             yield f"ids.{feature}: data.domain names it, and a domain's id must stay what it is"
-        yield from _against_capacities(feature, settings, groups)
-        for name, group in groups.items():
-            if "data_parallel" in group.sharding and feature in (group.features or (feature,)):
-                yield _no_new_rows(f'groups.{name}.sharding: "data_parallel" tables', feature)
+        yield from _against_groups(feature, settings, groups)
         for table, rule in plan.tables.items():
             known = TableName.of(table)
             if known is None or known.feature != feature:
@@ -164,15 +161,15 @@ def against_ids(
                 yield _no_new_rows(f'plan.tables.{table}.kernels: tables of "fused_uvm_caching"', feature)
 
 
-def _against_capacities(
-    feature: str, settings: IdsConfig, groups: Mapping[str, GroupConfig]
-) -> Iterator[str]:
-    """Groups that cannot have a capacity of their own."""
-    for name in settings.groups:
+def _against_groups(feature: str, ids: IdsConfig, groups: Mapping[str, GroupConfig]) -> Iterator[str]:
+    for name in ids.groups:
         if name not in groups:
             yield f"ids.{feature}.groups.{name}: there is no such group"
         elif feature not in (groups[name].features or (feature,)):
             yield f"ids.{feature}.groups.{name}: that group has no table of {feature}; leave it out"
+    for name, group in groups.items():
+        if "data_parallel" in group.sharding and feature in (group.features or (feature,)):
+            yield _no_new_rows(f'groups.{name}.sharding: "data_parallel" tables', feature)
 
 
 def check_kernels(ids: Collection[str], kernels: Mapping[str, str]) -> None:

@@ -60,7 +60,7 @@ class Publisher(Protocol):
         """Until nothing is being published. Raises as `offer`."""
 
     def done(self) -> list[Version]:
-        """The versions that were published since the last call."""
+        """The versions that were published since the last call. Raises where none can be any more."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,9 @@ class WindowTrainer(Trainer):
         self._write_versions()
 
     def _write_versions(self) -> None:
-        """Say which versions were published meanwhile; rank 0 knows."""
-        for version in self.stream.publisher.done() if self.stream.publisher is not None else ():
+        """Say which versions were published meanwhile; collective, so that all hear where none can be."""
+        publisher = self.stream.publisher
+        for version in from_rank_0(lambda: [] if publisher is None else publisher.done()):
             self.say(version.line)
             self.log.write(version.step, "version", version.entry)
 

@@ -73,7 +73,7 @@ class Ranks:
 
 @contextmanager
 def process_group(
-    timeout_s: float = 600, device: DeviceName = "auto", heartbeat: bool | None = None
+    timeout_s: float = 600, device: DeviceName = "auto", heartbeat: bool | None = None, alone: bool = False
 ) -> Iterator[Ranks]:
     """Join the launcher's process group (or make a group of one) and leave it at the end.
 
@@ -81,13 +81,14 @@ def process_group(
         timeout_s: seconds that ranks wait for each other, at the start and in every collective.
         device: as `train.device`.
         heartbeat: whether a thread watches over the ranks; None = with NCCL, whose collectives do not raise.
+        alone: this process is none of the launcher's ranks, though one of them has started it.
 
     Raises:
         ConfigError: the launcher's words make no sense, the device is not to be had, or the ranks cannot
             share what there is.
         RankError: another rank did not come, or was lost or silent for longer than that.
     """
-    rank, world_size, local_rank, local_world_size = _places()
+    rank, world_size, local_rank, local_world_size = (0, 1, 0, 1) if alone else _places()
     voice.silent = rank > 0
     # Asked for the CPU, nothing here looks for another device.
     machine = Machine() if device == "cpu" else observe()
@@ -100,7 +101,7 @@ def process_group(
         # Raised once the others know it, which would else wait for this rank.
         taken, report = torch.device("cpu"), DeviceReport(rank, "", problem=str(problem))
     timeout = datetime.timedelta(seconds=timeout_s)
-    launcher = os.getppid() if dist.is_torchelastic_launched() else None
+    launcher = os.getppid() if dist.is_torchelastic_launched() and not alone else None
     ranks = Ranks(rank, world_size, local_world_size, taken, None, launcher)
     with naming_the_lost(ranks, lambda: "while the ranks met"):
         store = dist.HashStore() if world_size == 1 else _store_of_this_start(rank, world_size, timeout)

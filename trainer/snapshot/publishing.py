@@ -11,8 +11,8 @@ uploaded below it, its manifest last, and then LATEST moves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,7 +32,14 @@ from trainer.sealed_folder import (
 )
 from trainer.sealed_folder import publish as publish_folder
 from trainer.snapshot.chain import Chain, read_chain
-from trainer.snapshot.manifest import LATEST, SEAL, VERSION_NAME, SnapshotFile, SnapshotManifest
+from trainer.snapshot.manifest import (
+    LATEST,
+    SEAL,
+    VERSION_NAME,
+    SnapshotFile,
+    SnapshotManifest,
+    read_manifest,
+)
 from trainer.storage import is_remote, place
 from trainer.storage.objects import create, listed, unfinished
 from trainer.storage.objects import publish as upload_folder
@@ -151,6 +158,30 @@ def open_base(root: Path, since: str) -> Chain:
         there = ", ".join(sorted(p.name for p in _versions(root))) or "no versions"
         raise SnapshotError(root, f"has no version {since!r} to build a delta on; it has {there}")
     return read_chain(root / name)
+
+
+def version_of(root: Path, checkpoints: Collection[str]) -> Path | None:
+    """The newest version, where it was made of one of some checkpoints; None: of none of them.
+
+    An export that was killed may have published it before LATEST moved, which moves now.
+
+    Args:
+        checkpoints: digests of their manifests.
+    """
+    with _locked(root) if root.exists() else nullcontext():
+        versions = sorted(_versions(root))
+        if not versions or _checkpoint_of(versions[-1]) not in checkpoints:
+            return None
+        newest = versions[-1]
+        write_text(root / LATEST, newest.name + "\n")
+    return newest
+
+
+def _checkpoint_of(version: Path) -> str | None:
+    """What a version was made of; None where that cannot be said."""
+    with suppress(SnapshotError):
+        return read_manifest(version).checkpoint
+    return None
 
 
 def _versions(root: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import pytest
 
 from embeddings.errors import ConfigError
 from pipelines.online.online import for_stream
-from tests.helpers.launching import SETTINGS, overrides, reported, tandemrec
-from tests.helpers.streams import add_window, rows_of, write_stream
+from tests.helpers.launching import reported, tandemrec
+from tests.helpers.streams import write_stream
 from tests.programs.online_runs import WINDOWS
 from trainer.run_config import Config
 
@@ -84,28 +83,24 @@ def test_a_stream_is_trained_at_constant_rates_in_one_phase(tmp_path: Path) -> N
             for_stream(Config.model_validate(section), tmp_path)
 
 
-def test_the_command_publishes_by_a_process_beside_it(tmp_path: Path) -> None:
+def test_lag_is_counted_in_windows_and_in_seconds_of_events(report: dict[str, Any]) -> None:
+    windows, seconds = zip(*report["facts"]["whole"]["lag"], strict=True)
+    # The empty window lies before the last three.
+    assert windows == (6, 5, 4, 2, 1, 0)
+    assert list(seconds) == sorted(seconds, reverse=True) and seconds[-1] == 0 < seconds[-2]
+
+
+def test_a_stream_without_a_window_is_said(tmp_path: Path) -> None:
     stream = write_stream(tmp_path / "stream")
-    places = {"--stream": stream, "--out": tmp_path / "run", "--snapshots": tmp_path / "versions"}
-    words = ["online", "--config", "configs/dare.toml"]
-    words += [word for option, place in places.items() for word in (option, str(place))]
-    words += [*overrides({**SETTINGS, "online.publish_every": 2})]
+    words = [
+        "online",
+        "--config",
+        "configs/dare.toml",
+        "--stream",
+        str(stream),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     nothing = tandemrec(*words)
     assert nothing.returncode == 2 and "no window with requests is there yet" in nothing.stderr
-    for number in range(5):
-        add_window(stream, f"w{number}", rows_of(number))
-    done = tandemrec(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "windows so far: 5 trained" in done.stdout
-    # The fifth window is part of the next version.
-    assert sorted(path.name for path in (tmp_path / "versions").glob("v*")) == ["v00000001", "v00000002"]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    versions = [line for line in lines if line["split"] == "version"]
-    assert [(each["version"], each["window"], each["whole"]) for each in versions] == [
-        ("v00000001", "w1", True),
-        ("v00000002", "w3", False),
-    ]
-    measured = [line for line in lines if line["split"] == "window"]
-    assert [line["lag_windows"] for line in measured] == [4, 3, 2, 1, 0]
-    lags = [line["lag_s"] for line in measured]
-    assert lags == sorted(lags, reverse=True) and lags[-1] == 0 < lags[0]
+    assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from embeddings.errors import SnapshotError
-from pipelines import export as export_module
+from pipelines import export_version
 from tests.helpers.models import small_log
 from tests.helpers.snapshots import exported, publish_copy, save_run
 from trainer.snapshot import load_snapshot, publishing, resolve
@@ -141,14 +141,14 @@ def test_a_failed_export_leaves_nothing(run: Path, version: Path, tmp_path: Path
 def test_a_base_that_goes_away_meanwhile_is_an_error(run: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     exported(run, tmp_path)
     exported(run, tmp_path)
-    check = export_module._check
+    check = export_version._check
 
     def then_delete(*given):  # type: ignore[no-untyped-def]
         parity = check(*given)
         shutil.rmtree(tmp_path / "v00000001")
         return parity
 
-    monkeypatch.setattr(export_module, "_check", then_delete)
+    monkeypatch.setattr(export_version, "_check", then_delete)
     with pytest.raises(SnapshotError, match="went away meanwhile"):
         exported(run, tmp_path, since="1")
     assert names(tmp_path) == ["LATEST", "v00000002"] and resolve(tmp_path).name == "v00000002"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from embeddings.errors import ConfigError, DataError
 from trainer.data.row_group import read_footer, read_group
 from trainer.data.rows import read_plan
 from trainer.data.stream.source import Stamp, Window
+from trainer.log.names import path_problem
 from trainer.log.schema import FileInfo, SplitInfo
 from trainer.sealed_folder import file_digest
 from trainer.storage import is_remote
@@ -29,7 +31,7 @@ class WindowFolder:
     """The files of a stream's folder.
 
     A name that begins with a dot, or ends in `.tmp`, is that of a file somebody still writes. Others that do
-    not end in `.parquet` are no windows.
+    not end in `.parquet` are no windows, and neither are folders.
 
     Args:
         stream: the folder with the stream's manifest.
@@ -54,7 +56,8 @@ class WindowFolder:
             except FileNotFoundError:
                 # Somebody has tidied up meanwhile.
                 continue
-            found[path.stem] = Stamp(facts.st_size, facts.st_mtime_ns)
+            if S_ISREG(facts.st_mode):
+                found[path.stem] = Stamp(facts.st_size, facts.st_mtime_ns)
         return dict(sorted(found.items()))
 
     def path(self, name: str) -> Path:
@@ -66,6 +69,8 @@ class WindowFolder:
 
     def open(self, name: str, stamp: Stamp) -> Window:
         path = self.path(name)
+        if problem := path_problem(f"{WINDOWS}/{path.name}", "the stream's folder"):
+            raise DataError(f"has a name that {problem}", file=path)
         digest = file_digest(path)
         if not stamp.bytes:
             raise DataError("is an empty file, not a Parquet file without rows", file=path)

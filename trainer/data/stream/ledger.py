@@ -101,7 +101,9 @@ class Ledger:
         if not self.newest:
             return []
         known = {each.name for each in self.entries}
-        oldest = min(known) if self.taken > len(self.entries) else ""
+        # A late one's own name says nothing of how far back the others go.
+        in_order = [each.name for each in self.entries if each.outcome != "late"]
+        oldest = min(in_order, default=self.newest) if self.taken > len(self.entries) else ""
         return [name for name in names if oldest < name < self.newest and name not in known]
 
     def coming(self, names: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -244,3 +245,26 @@ def test_any_arrivals_and_kills_train_each_window_once_in_rising_order(
     late = {each.name for each in ledger.entries if each.outcome == "late"}
     assert late | set(names) == set(source.there) and not late & set(names)
     assert len(spoken) == len(late)
+
+
+def test_what_a_late_window_leaves_behind_does_not_make_forgotten_ones_late() -> None:
+    ledger, late = Ledger(), replace(entry(0, "000500x"), outcome="late")
+    for number in range(2 * REMEMBERED - 10):
+        ledger = ledger.with_entry(entry(number, f"{number:06d}"))
+        if number == REMEMBERED:
+            ledger = ledger.with_entry(late)
+    # It is remembered, and many that sort behind it are not.
+    assert late in ledger.entries and ledger.entries[0].name > "000501"
+    assert ledger.late([f"{number:06d}" for number in range(2 * REMEMBERED)]) == []
+    # Nor does anybody know where all that is remembered came late.
+    for _ in range(REMEMBERED):
+        ledger = ledger.with_entry(late)
+    assert ledger.late(["000001", "001500"]) == []
+
+
+def test_a_folder_is_no_window_and_a_name_that_no_manifest_may_hold_is_damage(stream: Path) -> None:
+    (stream / WINDOWS / "w0.parquet").mkdir()
+    add_window(stream, "w1\\x", rows_of(7))
+    ledger, names, lines = take_all(stream, Ledger(), skip=True)
+    assert names == ["w1", "w2", "w3"] and len(lines) == 1 and "has a name that" in lines[0]
+    assert ledger.counts == {"trained": 3, "damaged": 1}
