@@ -128,7 +128,7 @@ class Way:
     ) -> None:
         model = build_sharded(config, manifest, ranks).model
         optimizer = make_optimizer(model, config.train)
-        self._living, self.new = LivingIds.of(config, ranks, ahead=False), list[int]()
+        self._living, self.new = LivingIds.of(config, ranks, False, manifest.features), list[int]()
         step = TrainStep(config, model, optimizer, ranks.world_size, Guard(ranks, folder))
         if self._living is not None:
             tensors = {"model": model.state_dict(), "optim": optimizer.state_dict()}

@@ -16,7 +16,7 @@ from embeddings.first_rows import FirstWeights
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.ids.rules import IdRules, part_name
 from embeddings.optimizers import FusedOptimizer
-from trainer.config.ids import FORK_WITH_IDS, IdsConfig, against_ids, rules_of
+from trainer.config.ids import FORK_WITH_IDS, IdsConfig, against_ids, rules_of, time_group_with_ids
 from trainer.config.model import CONTEXT_ROLES, OPTIONAL_ROLES, section_of
 from trainer.config.online import OnlineConfig
 from trainer.config.per_task import against_per_task
@@ -74,6 +74,9 @@ class Config(Settings):
             raise ValueError(problem)
         if self.ids and any(phase.fork is not None for phase in self.phases):
             raise ValueError(FORK_WITH_IDS)
+        for branch in self.model.all_branches().values():
+            if branch.time_group in self.ids:
+                raise ValueError(time_group_with_ids(branch.time_group))
         return self
 
     @property

@@ -154,7 +154,7 @@ def main(words: Sequence[str]) -> None:
         "rows of the feature's tables",
         "seeds",
         "ids with a row at the end",
-        "sightings of ids with a row",
+        "steps' ids that had a row",
     ]
     head += ["evicted", "test AUC", "GAUC", "logloss", "AUC above static", "CPU s"]
     report.cells(head, cells_of(report.rows))

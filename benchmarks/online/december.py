@@ -1,7 +1,8 @@
 """A model trained once, one that learns every day, and one that learns all the time: AUC of each day
 
     tandemrec bench online december --log LOG --config configs/dare.toml --out OUT \
-        [--every 1d --every 3h] [--first 2017-12-01] [--set KEY=VALUE ...] [--page FILE.md] [--image FILE.svg]
+        [--every 1d --every 3h] [--first 2017-12-01] [--set KEY=VALUE ...] [--online-set KEY=VALUE ...] \
+        [--page FILE.md] [--image FILE.svg]
 
 The splits `validation` and `test` of the log are the days that are measured; `train` is what lies before. All
 models begin as one that was trained on `train`. `once` stays as it is. The others go through windows of the
@@ -94,6 +95,7 @@ def learn(every: str, given: Any) -> pa.Table:
             windows(given.log, stream, options, overwrite=True)
             overrides = [
                 *given.overrides,
+                *given.online_overrides,
                 f"train.init_from={json.dumps(str((given.out / 'once').absolute()))}",
             ]
             learn_windows(given.config, stream, folder, overrides)
@@ -147,6 +149,14 @@ def main(words: Sequence[str]) -> None:
     options.add_argument("--first", default="2017-12-01", help="the first day that is measured")
     options.add_argument("--image", type=Path, help="an SVG of the days")
     options.overriding()
+    options.add_argument(
+        "--online-set",
+        action="append",
+        default=[],
+        dest="online_overrides",
+        metavar="KEY=VALUE",
+        help="as --set, of those that learn windows",
+    )
     given = options.read(words)
     given.out.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(given.log)

@@ -26,7 +26,7 @@ class IdRules:
         admit_count: sightings that an id needs, for `count`; counter: how they are counted.
         sketch_cells: of the counter `sketch`.
         admit_chance: of each sighting, for `chance`.
-        counts: the sightings that count: as a candidate, or all. A feature of behaviors alone counts all.
+        counts: the sightings that count: as a candidate, or all.
         eviction: name of one of `embeddings.ids.eviction.table.EVICTIONS`.
         half_life: for `lfu_decay`.
         ttl: an id that was not seen for so long loses its row; 0 = never.

@@ -25,6 +25,15 @@ def config(*words: str) -> Config:
         (["train.pipeline=prefetch"], r"train\.pipeline.* fills caches before rows of new ids"),
         (["tables.item_id.rows=99"], r"tables\.item_id\.rows: ids\.item_id\.capacity says"),
         (["data.domain=item_id"], r"ids\.item_id: data\.domain names it"),
+        (
+            ["model.time_target=target", "model.time_group=item_id"],
+            r"ids\.item_id: model\.time_group names it",
+        ),
+        (
+            ['groups.attention.features=["category_id"]', "ids.item_id.groups.attention=20"],
+            r"ids\.item_id\.groups\.attention: that group has no table of item_id",
+        ),
+        (["ids.item_id.half_life_days=1e300"], r"ids\.item_id\.half_life_days"),
         (["ids.item_id.groups.other=20"], r"ids\.item_id\.groups\.other: there is no such group"),
         (
             ['groups.attention.sharding=["data_parallel"]'],

@@ -32,7 +32,14 @@ from trainer.checkpoint.compatible import log_fingerprint
 from trainer.checkpoint.dense_start import TaskHeads, fill_dense, tower_names
 from trainer.checkpoint.plain_ids import check_ids
 from trainer.checkpoint.save_load import find_to_use
-from trainer.checkpoint.unsharded import PlainManifest, PlainTables, Vocabulary, open_plain_tables, unshard
+from trainer.checkpoint.unsharded import (
+    PlainManifest,
+    PlainTables,
+    Vocabularies,
+    Vocabulary,
+    open_plain_tables,
+    unshard,
+)
 from trainer.config.tasks import resolve_tasks
 from trainer.log.known_values import drop_unused, known_values
 from trainer.log.schema import LogManifest, read_manifest
@@ -163,6 +170,8 @@ def fill(
     tables = {table_of(name): name for name in model if table_of(name) in source.manifest.tables}
     new = _check_tables(model, source, heads)
     known, lines = vocabularies(manifest, log / "vocab"), fill_dense(_dense(model), source, heads)
+    for name in ids or {}:
+        _check_same_values(name, known, source)
     if new:
         lines.append(f"tables with first weights, of sets of new tasks: {', '.join(new)}")
     if left := [table for table in source.manifest.tables if table not in tables]:
@@ -270,6 +279,22 @@ def _fill_rows(target: Tensor | ShardedTensor, source: Tensor, row_map: Tensor |
                 # Of the source's file, which is mapped.
                 give_pages_back(source.data_ptr(), source.nbytes)
                 seen = 0
+
+
+def _check_same_values(feature: str, new: Vocabularies, source: PlainTables) -> None:
+    """Raise CheckpointError where ids that come and go stand for other values than in the source.
+
+    Such a feature's ids may be dense ones, which name other values in another log.
+    """
+    if feature not in new or feature not in source.manifest.vocabularies:
+        return
+    if new[feature].info.vocabulary != source.manifest.vocabularies[feature]:
+        problem = f"its ids of {feature} stand for other values than those of this log, and ids.{feature}"
+        raise CheckpointError(
+            source.name,
+            f'{problem} takes rows over by ids; ingest both logs with ids = "raw" or "hashed" for it, or '
+            "train without train.init_from",
+        )
 
 
 def _row_map(feature: str, new: Vocabulary, source: PlainTables, used: set[Path | None]) -> Tensor | None:

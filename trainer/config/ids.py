@@ -71,7 +71,7 @@ class IdsConfig(Settings):
     """Which id of a full bucket gives its row to a new one: the one whose newest event is oldest (`lru`),
     that was seen least (`lfu`), that was seen least where sightings count half after every `half_life_days`
     (`lfu_decay`), or none (`never`)."""
-    half_life_days: float = Field(7.0, gt=0, allow_inf_nan=False)
+    half_life_days: float = Field(7.0, gt=0, le=1e9)
     """The half-life of sightings for `lfu_decay`, in days of event time."""
     ttl_days: float = Field(0.0, ge=0, allow_inf_nan=False)
     """An id loses its row when its newest event is older than this number of days of event time. 0 means
@@ -118,6 +118,14 @@ FORK_WITH_IDS = (
 )
 
 
+def time_group_with_ids(feature: str) -> str:
+    """Why targets cannot be grouped by a feature whose ids come and go."""
+    return (
+        f"ids.{feature}: model.time_group names it, and what the model learns of each of its rows would pass "
+        f"from one id to the next that gets the row; leave ids.{feature} out, or group by another feature"
+    )
+
+
 def rules_of(ids: Mapping[str, IdsConfig], seed: int) -> dict[str, IdRules]:
     """Name of a map -> its rules, of all features; see `IdsConfig.rules`."""
     return {name: rules for key, each in ids.items() for name, rules in each.rules(key, seed).items()}
@@ -142,12 +150,7 @@ def against_ids(
             yield f"tables.{feature}.rows: ids.{feature}.capacity says how many rows there are"
         if feature == data.domain:
             yield f"ids.{feature}: data.domain names it, and a domain's id must stay what it is"
-        for name in settings.groups:
-            if name not in groups:
-                yield f"ids.{feature}.groups.{name}: there is no such group"
-        for name, group in groups.items():
-            if "data_parallel" in group.sharding and feature in (group.features or (feature,)):
-                yield _no_new_rows(f'groups.{name}.sharding: "data_parallel" tables', feature)
+        yield from _against_groups(feature, settings, groups)
         for table, rule in plan.tables.items():
             known = TableName.of(table)
             if known is None or known.feature != feature:
@@ -156,6 +159,17 @@ def against_ids(
                 yield _no_new_rows(f'plan.tables.{table}.sharding: "data_parallel" tables', feature)
             if "fused_uvm_caching" in rule.kernels:
                 yield _no_new_rows(f'plan.tables.{table}.kernels: tables of "fused_uvm_caching"', feature)
+
+
+def _against_groups(feature: str, ids: IdsConfig, groups: Mapping[str, GroupConfig]) -> Iterator[str]:
+    for name in ids.groups:
+        if name not in groups:
+            yield f"ids.{feature}.groups.{name}: there is no such group"
+        elif feature not in (groups[name].features or (feature,)):
+            yield f"ids.{feature}.groups.{name}: that group has no table of {feature}; leave it out"
+    for name, group in groups.items():
+        if "data_parallel" in group.sharding and feature in (group.features or (feature,)):
+            yield _no_new_rows(f'groups.{name}.sharding: "data_parallel" tables', feature)
 
 
 def check_kernels(ids: Collection[str], kernels: Mapping[str, str]) -> None:

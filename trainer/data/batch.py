@@ -179,6 +179,8 @@ class RequestBatch(Movable):
         task_weight: float32 [C, T], a candidate's weight in the loss of each task, besides `weight`; None
             where the log has none.
         domain: int64 [C], or None where data.domain names none.
+        items: int64 [C], the log's ids of the candidates' items where `features` has rows in their place, for
+            whoever names the candidates; None elsewhere.
         sizes: counts of the parts above, on the host; None where they are not counted yet (see `host_sizes`).
             Whoever copies a batch with other windows, candidates, labels or bags sets None.
     """
@@ -201,6 +203,7 @@ class RequestBatch(Movable):
     clusters: Clusters | None = None
     task_weight: Tensor | None = None
     domain: Tensor | None = None
+    items: Tensor | None = None
     sizes: Sizes | None = None
 
     @property
@@ -224,6 +227,14 @@ class RequestBatch(Movable):
     def requests(self) -> int:
         """R."""
         return self.request_time.numel()
+
+    @property
+    def candidate_items(self) -> Tensor | None:
+        """`items`, or what `features` has of the candidates' items; None where the log has no items."""
+        if self.items is not None or "item_id" not in self.features.keys():  # noqa: SIM118 - no dict
+            return self.items
+        of_all: Tensor = self.features["item_id"].values()
+        return of_all[self.behaviors :]
 
     def problem(self, rows: Mapping[str, int], longest: int) -> str:
         """What is wrong with a batch that did not come from the reader; empty if it can be scored.

@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embeddings.ids.bucket_map import Sightings
 from embeddings.ids.rules import IdRules
 from trainer.data.batch import RequestBatch
+from trainer.log.schema import FeatureInfo
 
 Int64s = npt.NDArray[np.int64]
 Prepare = Callable[[RequestBatch], RequestBatch]
@@ -51,12 +52,31 @@ def ids_of(batch: RequestBatch, rules: Mapping[str, IdRules]) -> dict[str, Int64
     return found
 
 
+def rules_for(rules: Mapping[str, IdRules], features: Mapping[str, FeatureInfo]) -> dict[str, IdRules]:
+    """The same rules, where a feature that candidates do not have counts all sightings.
+
+    The log says so and no batch: all candidates of a rank may have empty lists of ids.
+
+    Args:
+        rules: name of a map -> its rules; features: of the log.
+    """
+
+    def alone(feature: str) -> bool:
+        return feature in features and not features[feature].of_candidates
+
+    return {
+        name: replace(each, counts="all") if alone(each.within or name) else each
+        for name, each in rules.items()
+    }
+
+
 def seen_ids(batch: RequestBatch, rules: Mapping[str, IdRules], counted: bool = True) -> dict[str, SeenIds]:
     """The raw ids of each feature in a batch, with how often and when they were seen.
 
     A behavior's id is seen at the behavior's time, that of a candidate or of a request at the request's.
 
     Args:
+        rules: those of a feature that candidates do not have count all sightings, see `rules_for`.
         counted: False where the batch repeats one of another rank: then nothing is a sighting.
     """
     behaviors, request_time = batch.behavior_time.numpy(), batch.request_time.numpy()
@@ -70,7 +90,7 @@ def seen_ids(batch: RequestBatch, rules: Mapping[str, IdRules], counted: bool = 
                 continue
             ids, lengths = kjt.values()[part].numpy(), _lengths(kjt, name)
             counts = np.ones(bag_times.size, dtype=np.int64)
-            if kjt is batch.features and rules[name].counts == "candidates" and lengths[of_candidates].any():
+            if kjt is batch.features and rules[name].counts == "candidates":
                 counts = of_candidates.astype(np.int64)
             newest = bag_times
             if not (lengths == 1).all():
@@ -114,13 +134,13 @@ def looked_up(batch: RequestBatch, finders: Mapping[str, Finder]) -> RequestBatc
 def looking_up(finders: Mapping[str, Finder] | None, last: Prepare | None) -> Prepare | None:
     """What a reader does to its batches: ids become rows by maps that do not change, then comes `last`.
 
-    None where there is nothing to do.
+    The ids of the candidates' items stay in `RequestBatch.items`. None where there is nothing to do.
     """
     if not finders:
         return last
 
     def prepare(batch: RequestBatch) -> RequestBatch:
-        found = looked_up(batch, finders)
+        found = replace(looked_up(batch, finders), items=batch.candidate_items)
         return found if last is None else last(found)
 
     return prepare

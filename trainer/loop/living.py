@@ -22,8 +22,9 @@ from embeddings.ids.bucket_map import Counts, Int64s
 from embeddings.ids.stage import IdStage, Taken
 from trainer.checkpoint.id_files import IdFiles, read_stage
 from trainer.data.batch import RequestBatch, pinning
-from trainer.data.living_ids import SeenIds, newest_request, seen_ids, with_rows
+from trainer.data.living_ids import SeenIds, newest_request, rules_for, seen_ids, with_rows
 from trainer.data.reader import Step
+from trainer.log.schema import FeatureInfo
 from trainer.ranks.process_group import Ranks, sum_counts
 from trainer.run_config import Config
 
@@ -61,8 +62,14 @@ class LivingIds:
         self._restart()
 
     @staticmethod
-    def of(config: Config, ranks: Ranks, ahead: bool) -> LivingIds | None:
-        """Those of a run; None where no feature's ids come and go. Collective."""
+    def of(
+        config: Config, ranks: Ranks, ahead: bool, features: Mapping[str, FeatureInfo]
+    ) -> LivingIds | None:
+        """Those of a run; None where no feature's ids come and go. Collective.
+
+        Args:
+            features: of behaviors and candidates, as the log has them.
+        """
         if not config.ids:
             return None
         group = None
@@ -70,7 +77,7 @@ class LivingIds:
             # Of its own, so that its exchanges cannot mix with those of the tables.
             timeout = datetime.timedelta(seconds=config.train.timeout_s)
             group = dist.new_group(backend="gloo", timeout=timeout)
-        stage = IdStage(config.id_rules, ranks.rank, ranks.world_size, group)
+        stage = IdStage(rules_for(config.id_rules, features), ranks.rank, ranks.world_size, group)
         return LivingIds(stage, ahead, pinning(ranks.device))
 
     @contextmanager

@@ -220,9 +220,9 @@ def score_in_order(
 def _rows(batch: RequestBatch, score_CT: Tensor) -> tuple[Tensor, Tensor]:
     request = batch.candidate_request
     within = places_in_groups(request, batch.requests)
-    item = torch.full_like(within, -1)
-    if "item_id" in batch.features.keys():  # noqa: SIM118 - no dict
-        item = batch.features["item_id"].values()[batch.behaviors :]
+    item = batch.candidate_items
+    if item is None:
+        item = torch.full_like(within, -1)
     named = [batch.user_id[request], batch.request_id[request], within, item, batch.seen[request]]
     keys = torch.stack(named if batch.domain is None else [*named, batch.domain], dim=1)
     return torch.cat([score_CT, batch.labels], dim=1), keys

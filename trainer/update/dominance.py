@@ -35,11 +35,11 @@ _CACHED = "fused_uvm_caching"
 
 
 class _Lane(NamedTuple):
-    """A shard of a lane on this rank: of which main table and task, and the feature that it looks up."""
+    """A shard of a lane on this rank: of which main table and task, and the key of its ids in a batch."""
 
     table: str
     task: str
-    feature: str
+    key: str
     shard: LocalShard
 
 
@@ -65,6 +65,7 @@ class Dominance:
         }
         # Main table -> its width, and the tasks whose losses reach it, the first of which has the main table.
         self._tables: dict[str, tuple[int, tuple[str, ...]]] = {}
+        self._keys = {group.table_name(spec): spec.key for group in groups.values() for spec in group.tables}
         for group in groups.values():
             losses = {each.name: each.losses for each in group.sets if each.lanes}
             for spec in group.tables:
@@ -85,7 +86,7 @@ class Dominance:
             if table is not None and str(table.main) in self._tables:
                 _, (first, *_) = self._tables[str(table.main)]
                 for shard in local_shards(weight):
-                    yield _Lane(str(table.main), table.lane or first, table.feature, shard)
+                    yield _Lane(str(table.main), table.lane or first, self._keys[str(table.main)], shard)
 
     @torch.no_grad()
     def before(self, batch: RequestBatch, number: int) -> None:
@@ -147,7 +148,7 @@ class Dominance:
         self._rows = dict(zip(features, drawn, strict=True))
         self._places, self._squares = [], {}
         for lane in self._lanes:
-            rows = self._rows[lane.feature] - lane.shard.row
+            rows = self._rows[lane.key] - lane.shard.row
             (places,) = torch.nonzero((rows >= 0) & (rows < len(lane.shard.tensor)), as_tuple=True)
             if places.numel():
                 self._places.append((lane, rows[places], places))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from tests.trainer.test_ranks import parameters
 from trainer.assemble import build_sharded
 from trainer.checkpoint import warm_start
 from trainer.checkpoint.dense_start import TaskHeads
+from trainer.checkpoint.plain_ids import PlainIds
 from trainer.checkpoint.unsharded import open_plain_tables
 from trainer.checkpoint.warm_start import fill, open_source, unshard_run
 from trainer.config.tasks import resolve_tasks
@@ -217,6 +219,21 @@ def test_rows_follow_their_values_into_another_vocabulary(
         else:
             assert torch.equal(tensors[WEIGHT][row], first[WEIGHT][row]), value
             assert tensors[STATE][row] == 0
+
+
+def test_ids_that_come_and_go_are_not_those_of_another_vocabulary(
+    plain: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Dense ids may come and go, too, and in a newer log they name other items."""
+    log = name_items(small_log(tmp_path / "log", seed=3), NEWER)
+    newer = config(log, ids__item_id__capacity=52, ids__item_id__shared_rows=8)
+    tensors = {"model": build_sharded(newer, read_manifest(log), ranks).model.state_dict()}
+    ids = {"item_id": PlainIds(capacity=52, shared_rows=8, live=0, clock=(0, 0))}
+    with open_source(plain, tmp_path / "scratch.tmp") as tables:
+        known = replace(tables, manifest=tables.manifest.model_copy(update={"ids": ids}))
+        heads = TaskHeads.of(newer.model, resolve_tasks(newer.tasks, read_manifest(log).tasks))
+        with pytest.raises(CheckpointError, match=r"ids of item_id stand for other values .* ingest both"):
+            fill(tensors, known, log, read_manifest(log), heads, True, newer.id_rules)
 
 
 def test_a_run_starts_from_another_and_then_keeps_to_itself(
