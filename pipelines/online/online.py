@@ -7,7 +7,7 @@ that publishes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -98,8 +98,7 @@ def run(
     """The job on one rank, inside a process group; -> what was taken. `kind` trains it."""
     stream = config.data.log
     manifest, source = read_manifest(stream), WindowFolder(stream)
-    first = _first_window(source, job, config, say)
-    start = open_start(config, job.out, ranks, say, manifest=first.manifest(manifest))
+    start = _start(config, job, ranks, say, manifest, source)
     trainer = trainer_of(start, say, kind)
     with ExitStack() as opened:
         opened.enter_context(ending_well(start.folder, ranks.speaks))
@@ -121,6 +120,22 @@ def run(
     return trainer.ledger
 
 
+def _start(
+    config: Config, job: OnlineJob, ranks: Ranks, say: Say, manifest: LogManifest, source: WindowFolder
+) -> Start:
+    """A run that knows its input from the first window that can be read. Collective."""
+    bad: dict[str, str] = {}
+    while True:
+        first = _first_window(source, job, config, say, bad)
+        try:
+            return open_start(config, job.out, ranks, say, manifest=first.manifest(manifest))
+        except DataError as error:
+            # What becomes of it is said where it is taken.
+            if config.data.on_bad != "skip":
+                raise
+            bad[first.name] = str(error)
+
+
 def _open(start: Start, manifest: LogManifest, window: Window) -> SequenceLogReader:
     """A reader of one window, for this rank; collective."""
     config = start.config
@@ -129,18 +144,25 @@ def _open(start: Start, manifest: LogManifest, window: Window) -> SequenceLogRea
     return open_split(config, SPLIT, rows, start.ranks, seed=config.train.seed, manifest=of_window)
 
 
-def _first_window(source: WindowFolder, job: OnlineJob, config: Config, say: Say) -> Window:
+def _first_window(
+    source: WindowFolder, job: OnlineJob, config: Config, say: Say, bad: Mapping[str, str]
+) -> Window:
     """Any window with requests: what a model needs to know of its input; waits for one. Collective.
 
     Which of those that cannot be read end the run is said by whoever takes them one by one.
+
+    Args:
+        bad: windows that no reader could be opened of, and why.
 
     Raises:
         ConfigError: there is none, and nobody wants to wait. DataError: none can be read.
     """
 
     def look() -> Window | None:
-        problems = []
+        problems = [f"window {name}: {problem}" for name, problem in bad.items()]
         for name, stamp in source.listed().items():
+            if name in bad:
+                continue
             try:
                 window = source.open(name, stamp)
             except (DataError, OSError) as error:

@@ -187,7 +187,7 @@ def serve(pipe: Connection, places: Places, settings: OnlineConfig) -> None:
     quiet_third_parties()
     without = "two runs may publish at a time"
     lock = locked(places.run / ".publishing.lock", without, wait=True)
-    with lock, process_group(device="cpu", alone=True) as ranks, suppress(EOFError, BrokenPipeError):
+    with lock, process_group(device="cpu", alone=True) as ranks, suppress(EOFError, ConnectionError):
         while True:
             pipe.send(answer_to(pipe.recv(), places, settings, ranks))
 

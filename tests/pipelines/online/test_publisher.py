@@ -44,7 +44,8 @@ class Other:
     def close(self) -> None:
         pass
 
-    join = close
+    def join(self, timeout: float | None = None) -> None:
+        pass
 
     def kill(self) -> None:
         self.killed = True

@@ -135,10 +135,12 @@ def test_the_first_window_that_can_be_read_says_what_the_input_is(tmp_path: Path
     with process_group(device="cpu") as ranks:
         assert ranks.world_size == 1
         with pytest.raises(DataError, match=r"no window with requests can be read; window w0: .*w0\.parquet"):
-            _first_window(source, job, Config(), print)
+            _first_window(source, job, Config(), print, {})
         add_window(stream, "w1", rows_of(1))
-        assert _first_window(source, job, Config(), print).name == "w1"
+        assert _first_window(source, job, Config(), print, {}).name == "w1"
+        with pytest.raises(DataError, match=r"w1: no row group is good"):
+            _first_window(source, job, Config(), print, {"w1": "no row group is good"})
         (stream / WINDOWS / "w0.parquet").unlink()
         (stream / WINDOWS / "w1.parquet").unlink()
         with pytest.raises(ConfigError, match="no window with requests is there yet"):
-            _first_window(source, job, Config(), print)
+            _first_window(source, job, Config(), print, {})
