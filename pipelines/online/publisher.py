@@ -127,7 +127,7 @@ class VersionPublisher:
 
     def offer(self, step: int, ledger: Ledger) -> None:
         """See `trainer.loop.online.Publisher`."""
-        self._take_answer(None)
+        self.wait()
         if self._failures >= _FAILURES:
             raise SnapshotError(self._places.snapshots, f"{_FAILURES} versions in a row failed")
         newest = next(each for each in reversed(ledger.entries) if each.outcome == "trained")
@@ -135,7 +135,13 @@ class VersionPublisher:
 
     def wait(self) -> None:
         """See `trainer.loop.online.Publisher`."""
-        self._take_answer(None)
+        limit = self._settings.publish_timeout_s
+        self._take_answer(limit)
+        if self._busy:
+            raise SnapshotError(
+                self._places.snapshots,
+                f"a version was not done after {limit:g} s (online.publish_timeout_s); the same command publishes it",
+            )
 
     def finish(self) -> None:
         """Raises SnapshotError where the last version failed."""
@@ -155,8 +161,8 @@ class VersionPublisher:
             self._pipe.send(order)
         self._order, self._busy = order, True
 
-    def _take_answer(self, timeout: float | None) -> None:
-        """Wait so long for what is being published; None: to its end."""
+    def _take_answer(self, timeout: float) -> None:
+        """Wait so long for what is being published."""
         if not self._busy or not self._pipe.poll(timeout):
             return
         try:

@@ -30,6 +30,8 @@ class OnlineConfig(Settings):
     compare_requests: int = Field(200, ge=0)
     """The number of requests of the newest window on which a version must rank as the trainer does, besides
     the recorded ones."""
+    publish_timeout_s: float = Field(3600.0, gt=0, allow_inf_nan=False)
+    """How long training waits for a version in the making, in seconds, before the run ends."""
     poll_s: float = Field(0.5, gt=0, le=60)
     """Seconds between two looks for new windows."""
     retry_s: float = Field(60.0, ge=0)

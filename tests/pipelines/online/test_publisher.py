@@ -31,9 +31,7 @@ class Other:
     def send(self, order: Order) -> None:
         self.orders.append(order)
 
-    def poll(self, timeout: float | None) -> bool:
-        if timeout is None and not self.answers and not self.gone:
-            raise AssertionError("training would wait for ever")
+    def poll(self, timeout: float) -> bool:
         return bool(self.answers) or self.gone
 
     def recv(self) -> Answer:
@@ -117,5 +115,15 @@ def test_a_process_that_has_ended_ends_the_run(tmp_path: Path, other: Other) -> 
     with pytest.raises(SnapshotError, match="has ended"), publisher(tmp_path) as running:
         running.offer(1, ledger(1))
         other.gone = True
+        running.wait()
+    assert other.killed
+
+
+def test_a_process_that_hangs_ends_the_run(tmp_path: Path, other: Other) -> None:
+    with (
+        pytest.raises(SnapshotError, match="not done after 5 s .online.publish_timeout_s"),
+        publisher(tmp_path, publish_timeout_s=5) as running,
+    ):
+        running.offer(1, ledger(1))
         running.wait()
     assert other.killed
