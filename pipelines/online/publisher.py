@@ -138,10 +138,8 @@ class VersionPublisher:
         limit = self._settings.publish_timeout_s
         self._take_answer(limit)
         if self._busy:
-            raise SnapshotError(
-                self._places.snapshots,
-                f"a version was not done after {limit:g} s (online.publish_timeout_s); the same command publishes it",
-            )
+            late = f"a version was not done after {limit:g} s (online.publish_timeout_s)"
+            raise SnapshotError(self._places.snapshots, f"{late}; the same command publishes it")
 
     def finish(self) -> None:
         """Raises SnapshotError where the last version failed."""
