@@ -46,6 +46,7 @@ from trainer.data.batch import pinning
 from trainer.data.living_ids import Finder, looking_up
 from trainer.data.observed import unobserved_lines
 from trainer.data.reader import SequenceLogReader, Step
+from trainer.data.stream.source import SPLIT
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
 from trainer.loop.living import lines_of
@@ -120,7 +121,7 @@ class Start:
     def trainer(self, sharded: ShardedModel, say: Say, kind: type[Kind]) -> Kind:
         """The model with everything that trains it, still with its first weights; collective."""
         check_kernels(self.config.ids, {each.table: each.kernel for each in sharded.placements})
-        for line in lines_of(self.config, self.ranks.world_size):
+        for line in lines_of(self.config, self.ranks.world_size, windows=self.train.split == SPLIT):
             say(line)
         plan = to_tree(sharded.plan)
         fresh = partial(_fresh_dense, self.config, self.manifest)

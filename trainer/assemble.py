@@ -85,7 +85,12 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
     if config.data.domain:
         # Before a group or a gate misses it.
         DomainColumn.of(manifest, config.data.domain)
-    for name, info in {**manifest.features, **manifest.context}.items():
+    known = {**manifest.features, **manifest.context}
+    for name in config.ids:
+        if name not in known:
+            there = hint_of(name, list(known), f"it has {', '.join(known)}")
+            raise ConfigError(f"ids.{name}: the log has no such feature; {there}")
+    for name, info in known.items():
         used = any(name in (group.features or (name,)) for group in config.groups.values())
         if info.raw and used and name not in config.ids:
             raise ConfigError(

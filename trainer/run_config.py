@@ -276,9 +276,6 @@ def build_groups(
                 f"tables.{feature}.rows = {table.rows}, but the log holds ids up to {rows[feature] - 1}"
             )
     sizes = {**rows, **{name: table.rows for name, table in config.tables.items() if table.rows}}
-    for feature in config.ids:
-        if feature not in rows:
-            raise ConfigError(f"ids.{feature}: the log has no such feature; it has {known}")
     sizes |= {feature: each.rows for feature, each in config.id_rules.items()}
     groups = {}
     for name, group in config.groups.items():

@@ -62,7 +62,9 @@ class Course:
         touched: TouchedRows | None,
     ) -> None:
         ahead = kind_for(config.train.pipeline, ranks.device) != "none"
-        self.living = LivingIds.of(config, ranks, ahead, train.columns.features)
+        self.living: LivingIds | None = None
+        if config.ids:
+            self.living = LivingIds.of(config, ranks, ahead, train.columns.features)
         self._config, self._model, self._optimizer, self._step = config, model, optimizer, step
         self._ranks, self._say, self._touched = ranks, say, touched
         self.supply, self.reader = supply if config.phases else None, train

@@ -62,16 +62,12 @@ class LivingIds:
         self._restart()
 
     @staticmethod
-    def of(
-        config: Config, ranks: Ranks, ahead: bool, features: Mapping[str, FeatureInfo]
-    ) -> LivingIds | None:
-        """Those of a run; None where no feature's ids come and go. Collective.
+    def of(config: Config, ranks: Ranks, ahead: bool, features: Mapping[str, FeatureInfo]) -> LivingIds:
+        """Those of a run; collective.
 
         Args:
             features: of behaviors and candidates, as the log has them.
         """
-        if not config.ids:
-            return None
         group = None
         if ranks.world_size > 1:
             # Of its own, so that its exchanges cannot mix with those of the tables.
@@ -174,8 +170,12 @@ class LivingIds:
         return batch if self._prepare is None else self._prepare(batch)
 
 
-def lines_of(config: Config, world_size: int) -> list[str]:
-    """What a start says of features whose ids come and go: a line for each map, and what is odd."""
+def lines_of(config: Config, world_size: int, windows: bool = False) -> list[str]:
+    """What a start says of features whose ids come and go: a line for each map, and what is odd.
+
+    Args:
+        windows: what is read are windows of a stream, which are in order whatever the order inside of them.
+    """
     found = []
     for name, rules in config.id_rules.items():
         size = f"{rules.map_bytes / world_size / _MB:,.1f} MB of host memory a rank"
@@ -184,9 +184,10 @@ def lines_of(config: Config, world_size: int) -> list[str]:
         words += [f"none older than {rules.ttl / _DAY:g} days"] if rules.ttl else []
         found.append(f"ids of {name}: {'; '.join([*words, size])}")
     shuffled = [name for name, each in config.ids.items() if each.ttl_days]
-    if shuffled and config.data.order == "shuffled":
+    if shuffled and config.data.order == "shuffled" and not windows:
         found.append(
             f'ids.{shuffled[0]}.ttl_days goes by the newest request, and data.order = "shuffled" reads new '
-            'ones first and old ones last; set data.order = "stored" for a log in order of time'
+            'ones first and old ones last; ingest with files.order = "time" and set data.order = "stored", '
+            "or cut the log into windows for `tandemrec online`"
         )
     return found

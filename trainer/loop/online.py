@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from trainer.checkpoint import save_load as checkpoint
 from trainer.data.reader import SequenceLogReader
 from trainer.data.stream.intake import Intake, Taken
 from trainer.data.stream.ledger import Entry, Ledger
-from trainer.data.stream.source import Window
+from trainer.data.stream.source import Window, damaged
 from trainer.loop.loop import Trainer
 from trainer.loop.progress import Progress
 from trainer.quality.domains import SplitMetrics
@@ -113,13 +114,25 @@ class WindowTrainer(Trainer):
             # What an earlier start has saved and did not publish.
             self._publish()
         for window, reader in self._windows():
-            measured = self._measure(window, reader)
-            if self._learn(window, reader):
+            with self._naming(window):
+                measured = self._measure(window, reader)
+                learned = self._learn(window, reader)
+            if learned:
                 self._save()
                 self.saver.settle()
                 self._publish()
                 self._tell(window, measured)
         self._settle()
+
+    @contextmanager
+    def _naming(self, window: Window) -> Iterator[None]:
+        """A block whose errors say which window it is whose file cannot be read."""
+        try:
+            yield
+        except DataError as error:
+            if error.file is None or not error.file.endswith(window.info.files[0].path):
+                raise
+            raise damaged(window.name, error, self.config.data.log) from None
 
     def _windows(self) -> Iterator[tuple[Window, SequenceLogReader]]:
         """Each window that is to be trained, with its reader; waits where more are to come. Collective."""

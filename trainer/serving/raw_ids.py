@@ -48,7 +48,10 @@ def raw_ids(given: pa.Array, hashes: bool, place: str) -> Ints:
         other = pc.index(pc.match_substring_regex(text, _WHOLE), False).as_py()
         if other >= 0:
             spelled = repr(text[other].as_py()[:40])
-            raise RequestError(422, f"{place}[{other}]: {spelled} is no integer; ids of this feature are")
+            hint = 'text that ids are hashes of needs "ids": "raw"'
+            raise RequestError(
+                422, f"{place}[{other}]: {spelled} is no integer; ids of this feature are; {hint}"
+            )
         given = text
     elif not pa.types.is_integer(given.type):
         raise RequestError(422, f"{place}: holds {given.type}, expected integers or text")

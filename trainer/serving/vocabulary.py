@@ -61,7 +61,10 @@ class Translation:
         """
         known = self.vocabularies.get(feature)
         if known is None:
-            problem = "the server has no vocabulary of this feature, so it reads no raw values of it"
+            problem = (
+                "the server has no vocabulary of this feature, so it reads no raw values of it; without "
+                '"ids" a request holds ids'
+            )
             raise RequestError(422, f"{place}: {problem}")
         places: Ints | None = None
         if pa.types.is_dictionary(raw.type):

@@ -201,7 +201,9 @@ def resolve(path: Path) -> Path:
         if is_remote(path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise UnavailableError(path, f"cannot be read: {error.strerror or error}") from None
         raise SnapshotError(
-            path, "no snapshot here (neither manifest.json nor LATEST); run `tandemrec export`"
+            path,
+            "no snapshot here (neither manifest.json nor LATEST); run `tandemrec export`, or wait for the "
+            "first version of `tandemrec online`",
         ) from None
     if not VERSION_NAME.fullmatch(name):
         raise SnapshotError(path / LATEST, f"names {name!r}, which is no version")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from embeddings.errors import DataError
 from trainer.data.stream.ledger import REMEMBERED, Entry, Ledger, Outcome
-from trainer.data.stream.source import Source, Stamp, Window
+from trainer.data.stream.source import Source, Stamp, Window, damaged
 from trainer.sealed_folder import write_text
 
 
@@ -114,8 +114,7 @@ class Intake:
             window = self._source.open(name, stamp)
         except DataError as error:
             if not self._skip or inside:
-                remedy = 'replace it, move it away, or set data.on_bad = "skip" to go on without it'
-                raise DataError(f"window {name} is damaged: {error}; {remedy}", file=self._stream) from None
+                raise damaged(name, error, self._stream) from None
             self._note(name)
             taken.lines.append(f"window {name} is damaged and skipped: {error}")
             self._enter(taken, name, stamp, "damaged", step)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from embeddings.errors import DataError
 from trainer.log.schema import LogManifest, SplitInfo
 
 SPLIT = "window"
@@ -24,6 +26,12 @@ class Stamp:
     def appeared(self) -> float:
         """Unix seconds."""
         return self.changed / 1e9
+
+
+def damaged(name: str, error: DataError, stream: Path) -> DataError:
+    """What to say of a window that cannot be read."""
+    remedy = 'replace it, move it away, or set data.on_bad = "skip" to go on without it'
+    return DataError(f"window {name} is damaged: {error}; {remedy}", file=stream)
 
 
 @dataclass(frozen=True)
