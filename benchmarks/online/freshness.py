@@ -270,7 +270,9 @@ def main(words: Sequence[str]) -> None:
     _report(report, given, line, flip_at)
     if given.image:
         shown = [probe for probe in line.probes if flip_at - 30 <= probe.at]
-        seconds = [f"{probe.at - flip_at:.0f}" for probe in shown]
+        # A short run has several probes within a second.
+        digits = 0 if shown[-1].at - shown[0].at > 20 else 1
+        seconds = [f"{probe.at - flip_at:.{digits}f}" for probe in shown]
         lines = {"best before": [p.before for p in shown], "best after": [p.after for p in shown]}
         mark = (next(n for n, probe in enumerate(shown) if probe.at >= flip_at), "flip")
         title = "Served scores of the two stars"
