@@ -27,6 +27,7 @@ from embeddings.plan.memory import RankMemory, memory_of_plan
 from embeddings.plan.planner import Placement, check_plan, make_plan, placements, read_plan
 from embeddings.plan.request import Cluster, PlanRequest
 from embeddings.plan.tables import dense_bytes, tables_of
+from trainer.config.ids import check_features
 from trainer.config.model import section_of
 from trainer.config.places import place_of
 from trainer.config.tasks import Task, resolve_tasks
@@ -85,18 +86,8 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
     if config.data.domain:
         # Before a group or a gate misses it.
         DomainColumn.of(manifest, config.data.domain)
-    known = {**manifest.features, **manifest.context}
-    for name in config.ids:
-        if name not in known:
-            there = hint_of(name, list(known), f"it has {', '.join(known)}")
-            raise ConfigError(f"ids.{name}: the log has no such feature; {there}")
-    for name, info in known.items():
-        used = any(name in (group.features or (name,)) for group in config.groups.values())
-        if info.raw and used and name not in config.ids:
-            raise ConfigError(
-                f"the log's ids of {name!r} are raw 64-bit numbers, for which no table is large enough: add "
-                f"[ids.{name}] with a capacity"
-            )
+    raw = {name: info.raw for name, info in {**manifest.features, **manifest.context}.items()}
+    check_features(config.ids, raw, config.groups)
     groups = build_groups(config, items, contexts, tasks)
     features = {**manifest.features, **manifest.context}
     for group in groups.values():

@@ -8,7 +8,8 @@ import pytest
 
 from embeddings.errors import ConfigError
 from trainer.checkpoint.compatible import check_resumable
-from trainer.config.ids import check_kernels
+from trainer.config.ids import IdsConfig, check_features, check_kernels
+from trainer.config.tables import GroupConfig
 from trainer.loop.living import lines_of
 from trainer.run_config import Config, load_config
 
@@ -89,3 +90,13 @@ def test_a_run_keeps_its_rows(words: list[str]) -> None:
     check_resumable(state, config("ids.item_id.eviction=never", "ids.item_id.ttl_days=2"), "a")
     with pytest.raises(ConfigError, match=r"this run was started with ids\..* set it back"):
         check_resumable(state, config(*words), "a")
+
+
+def test_a_misspelt_feature_and_raw_ids_without_a_map_are_named() -> None:
+    groups = {"attention": GroupConfig(), "other": GroupConfig(features=("category_id",))}
+    with pytest.raises(ConfigError, match=r"ids\.itemid: .* did you mean 'item_id'\?"):
+        check_features({"itemid": IdsConfig(capacity=9)}, {"item_id": True, "category_id": False}, groups)
+    with pytest.raises(ConfigError, match=r"ids of 'item_id' are raw .*: add \[ids\.item_id\]"):
+        check_features({}, {"item_id": True, "category_id": False}, groups)
+    check_features({"item_id": IdsConfig(capacity=9)}, {"item_id": True, "category_id": False}, groups)
+    check_features({}, {"item_id": True, "category_id": False}, {"other": groups["other"]})

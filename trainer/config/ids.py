@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
-from embeddings.errors import ConfigError
+from embeddings.errors import ConfigError, hint_of
 from embeddings.groups import TableName
 from embeddings.ids.admission.table import ADMISSIONS
 from embeddings.ids.eviction.table import EVICTIONS
@@ -170,6 +170,27 @@ def _against_groups(feature: str, ids: IdsConfig, groups: Mapping[str, GroupConf
     for name, group in groups.items():
         if "data_parallel" in group.sharding and feature in (group.features or (feature,)):
             yield _no_new_rows(f'groups.{name}.sharding: "data_parallel" tables', feature)
+
+
+def check_features(
+    ids: Mapping[str, IdsConfig], raw: Mapping[str, bool], groups: Mapping[str, GroupConfig]
+) -> None:
+    """Raise ConfigError where the log lacks such a feature, or has raw ids of one that is none.
+
+    Args:
+        raw: feature of the log -> whether its ids are raw.
+    """
+    for name in ids:
+        if name not in raw:
+            there = hint_of(name, list(raw), f"it has {', '.join(raw)}")
+            raise ConfigError(f"ids.{name}: the log has no such feature; {there}")
+    for name, any_number in raw.items():
+        used = any(name in (group.features or (name,)) for group in groups.values())
+        if any_number and used and name not in ids:
+            raise ConfigError(
+                f"the log's ids of {name!r} are raw 64-bit numbers, for which no table is large enough: add "
+                f"[ids.{name}] with a capacity"
+            )
 
 
 def check_kernels(ids: Collection[str], kernels: Mapping[str, str]) -> None:
