@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from embeddings.ids.bucket_map import Int64s
 from embeddings.ids.hashing import hashed
@@ -26,16 +27,18 @@ class FrozenIds:
     def look_up(self, wanted: Ids) -> Int64s:
         """The row of each id, which may repeat; that of others is a shared one, as in training."""
         rows = self.rules.shared_row(hashed(wanted))
-        if self.ids.size:
-            place = np.searchsorted(self.ids, wanted).clip(max=self.ids.size - 1)
-            here = self.ids[place] == wanted
-            rows[here] = self.rows[place[here]]
+        place, here = places(self.ids, wanted)
+        rows[here] = self.rows[place[here]]
         return rows
 
-    def knows(self, wanted: Ids) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def knows(self, wanted: Ids) -> npt.NDArray[np.bool_]:
         """Whether each id has a row of its own."""
-        if not self.ids.size:
-            return np.zeros(wanted.size, dtype=np.bool_)
-        place = np.searchsorted(self.ids, wanted).clip(max=self.ids.size - 1)
-        found: np.ndarray[tuple[int], np.dtype[np.bool_]] = self.ids[place] == wanted
-        return found
+        return places(self.ids, wanted)[1]
+
+
+def places(ids: Ids, wanted: Ids) -> tuple[Int64s, npt.NDArray[np.bool_]]:
+    """Where each id stands among ascending ones, and whether it is there; else its place says nothing."""
+    if not ids.size:
+        return np.zeros(wanted.size, dtype=np.int64), np.zeros(wanted.size, dtype=np.bool_)
+    place = np.searchsorted(ids, wanted).clip(max=ids.size - 1)
+    return place, ids[place] == wanted

@@ -21,7 +21,7 @@ _DAY = 86_400
 _ROWS_A_CELL = 4
 
 
-def _known(kinds: dict[str, type], what: str) -> AfterValidator:
+def _known(kinds: Collection[str], what: str) -> AfterValidator:
     def check(name: str) -> str:
         if name not in kinds:
             raise ValueError(f"no {what} is called that; they are {', '.join(kinds)}")
@@ -31,11 +31,9 @@ def _known(kinds: dict[str, type], what: str) -> AfterValidator:
 
 
 AdmissionName = Annotated[
-    str, _known({**ADMISSIONS}, "admission"), Field(json_schema_extra={"enum": [*ADMISSIONS]})
+    str, _known(ADMISSIONS, "admission"), Field(json_schema_extra={"enum": [*ADMISSIONS]})
 ]
-EvictionName = Annotated[
-    str, _known({**EVICTIONS}, "eviction"), Field(json_schema_extra={"enum": [*EVICTIONS]})
-]
+EvictionName = Annotated[str, _known(EVICTIONS, "eviction"), Field(json_schema_extra={"enum": [*EVICTIONS]})]
 
 
 class IdsConfig(Settings):

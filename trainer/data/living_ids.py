@@ -44,14 +44,6 @@ class SeenIds:
     place: Int64s
 
 
-def ids_of(batch: RequestBatch, rules: Mapping[str, IdRules]) -> dict[str, Int64s]:
-    """The raw ids of each feature in a batch, as often as they stand there; none of one that it lacks."""
-    found = {name: np.zeros(0, dtype=np.int64) for name, each in rules.items() if not each.within}
-    for kjt in _parts(batch):
-        found |= {name: kjt.values()[part].numpy() for name, part in _segments(kjt) if name in rules}
-    return found
-
-
 def rules_for(rules: Mapping[str, IdRules], features: Mapping[str, FeatureInfo]) -> dict[str, IdRules]:
     """The same rules, where a feature that candidates do not have counts all sightings.
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from embeddings.errors import SnapshotError
-from embeddings.ids.frozen import FrozenIds
+from embeddings.ids.frozen import FrozenIds, places
 from embeddings.ids.hashing import hashed
 from embeddings.ids.rules import IdRules, Ids
 from trainer.checkpoint.tensor_stream import TensorStream
@@ -64,11 +64,11 @@ class LayeredIds:
         # Places of ids that no newer layer knows.
         left = np.arange(distinct.size)
         for layer in self.layers:
-            place, here = _places(layer.ids, distinct[left])
+            place, here = places(layer.ids, distinct[left])
             rows[left[here]] = layer.rows[place[here]]
             left = left[~here]
             if layer.gone.size:
-                left = left[~_places(layer.gone, distinct[left])[1]]
+                left = left[~places(layer.gone, distinct[left])[1]]
         return rows[of_wanted]
 
     def look_up(self, wanted: Ids) -> Int64s:
@@ -87,7 +87,7 @@ class LayeredIds:
         """All ids and their rows, in memory."""
         ids, rows = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         for layer in reversed(self.layers):
-            stay = ~(_places(layer.ids, ids)[1] | _places(layer.gone, ids)[1])
+            stay = ~(places(layer.ids, ids)[1] | places(layer.gone, ids)[1])
             ids = np.concatenate([ids[stay], layer.ids])
             rows = np.concatenate([rows[stay], layer.rows])
             order = np.argsort(ids, kind="stable")
@@ -128,10 +128,10 @@ def write_ids(
 
 def changes(before: FrozenIds, now: FrozenIds) -> Layer:
     """What makes one map of another."""
-    place, known = _places(before.ids, now.ids)
+    place, known = places(before.ids, now.ids)
     same = known.copy()
     same[known] = before.rows[place[known]] == now.rows[known]
-    gone = ~_places(now.ids, before.ids)[1]
+    gone = ~places(now.ids, before.ids)[1]
     return Layer(now.ids[~same], now.rows[~same], before.ids[gone])
 
 
@@ -182,7 +182,7 @@ def _problem(layer: Layer, below: LayeredIds, taken: npt.NDArray[np.bool_], rule
     rows = layer.rows
     if rows.size and (rows.min() < rules.shared_rows or rows.max() >= rules.rows):
         return f"names rows outside [{rules.shared_rows}, {rules.rows})"
-    if _places(layer.ids, layer.gone)[1].any():
+    if places(layer.ids, layer.gone)[1].any():
         return "has ids that are there and gone"
     left = below.own_rows(layer.gone)
     if (left == _NO_ROW).any():
@@ -199,11 +199,3 @@ def _problem(layer: Layer, below: LayeredIds, taken: npt.NDArray[np.bool_], rule
 def _ascending(ids: Ids) -> bool:
     # Compared, since a difference of two ids may not fit 64 bits.
     return bool((ids[1:] > ids[:-1]).all())
-
-
-def _places(ids: Ids, wanted: Ids) -> tuple[Int64s, npt.NDArray[np.bool_]]:
-    """Where each id stands among ascending ones, and whether it is there."""
-    if not ids.size:
-        return np.zeros(wanted.size, dtype=np.int64), np.zeros(wanted.size, dtype=np.bool_)
-    place = np.searchsorted(ids, wanted).clip(max=ids.size - 1)
-    return place, ids[place] == wanted

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from embeddings.ids.admission.admission import Admission
 from embeddings.ids.admission.chance import Chance
-from embeddings.ids.admission.count import Count
+from embeddings.ids.admission.count import count
 from embeddings.ids.admission.everything import Everything
+from embeddings.ids.rules import IdRules
 
-ADMISSIONS: dict[str, type[Admission]] = {"all": Everything, "count": Count, "chance": Chance}
+ADMISSIONS: dict[str, Callable[[IdRules, range], Admission]] = {
+    "all": Everything,
+    "count": count,
+    "chance": Chance,
+}

@@ -84,10 +84,6 @@ class Ledger:
         entries = tuple(replace(each, stamp=stamp) if each.name == name else each for each in self.entries)
         return replace(self, entries=entries)
 
-    def named(self, name: str) -> Entry | None:
-        """The newest entry of that name."""
-        return next((each for each in reversed(self.entries) if each.name == name), None)
-
     def with_bytes(self, digest: str) -> Entry | None:
         """The window that was trained with these bytes."""
         trained = (each for each in self.entries if each.outcome == "trained")
