@@ -45,6 +45,8 @@ USERS = {
     "sparse_1": 300,
     "collapse": 150,
     "flip": 150,
+    "digits": 150,
+    "digits_number": 150,
 }
 # Where the oracle of a draw of this size may lie: the value of a large draw, give or take three deviations.
 ORACLE = {
@@ -66,6 +68,8 @@ ORACLE = {
     "sparse_1": (0.78, 0.99),
     "collapse": (0.84, 0.94),
     "flip": (0.71, 0.85),
+    "digits": (0.87, 0.95),
+    "digits_number": (0.87, 0.95),
 }
 # Of what the kinds of one task were when others came: a seed must go on giving the same log.
 DIGESTS = {
