@@ -118,9 +118,9 @@ class Resampled:
     """What replicates need to know of some candidates.
 
     Attributes:
-        own: the users that have any, ascending numbers of the draws. sums: [6, own users]: AUC of the requests
-            with both classes times their candidates, these candidates, losses, candidates, predictions and
-            labels.
+        own: the users that have any, ascending numbers of the draws.
+        sums: [6, own users]: AUC of the requests with both classes times their candidates, these candidates,
+            losses, candidates, predictions and labels.
         candidates: how many there are.
     """
 
