@@ -88,7 +88,9 @@ def test_roles_add_up_to_the_gradient_of_the_tables(log: Path, name: str, lookup
             torch.testing.assert_close(sum(roles.values()).float(), gradient, rtol=1e-4, atol=1e-6)
     if name == "twin_paper_dare":
         assert all(set(roles) == set(ROLES) for roles in of_roles.values())
-        assert all(part.any() for roles in of_roles.values() for part in roles.values())
+        # A feature of candidates alone is no part of the search.
+        searched = [of_roles[f"shared__{feature}"] for feature in ("item_id", "category_id")]
+        assert all(part.any() for roles in searched for part in roles.values())
     # Another forward pass is as without anybody watching.
     model(batch).logits.sum().backward()
     assert all(each.gradient is None or each.gradient.shape[0] > 0 for each in taken)
