@@ -17,6 +17,8 @@ Looks = Mapping[str, Look]
 # Cells of a heat map that have their numbers written into them.
 _WRITTEN = 144
 _LONG = 9
+# Inches of a chart: so wide that its letters can still be read on a phone.
+WIDTH = 4.5
 
 
 def draw(axes: Axes, chart: Chart, looks: Looks) -> None:
@@ -25,15 +27,15 @@ def draw(axes: Axes, chart: Chart, looks: Looks) -> None:
     _KINDS[type(chart)](axes, chart, looks)
 
 
-def size_of(chart: Chart) -> tuple[float, float]:
+def size_of(chart: Chart, looks: Looks) -> tuple[float, float]:
     """Width and height in inches that a chart wants."""
     if isinstance(chart, Bars) and lies(chart):
-        return 5.0, 1.1 + len(chart.groups) * max(0.26, 0.13 + 0.15 * len(chart.bars))
+        return WIDTH, 0.8 + len(chart.groups) * (0.1 + 0.15 * _most_bars(chart, looks))
     if isinstance(chart, Intervals):
-        return 5.0, 1.1 + 0.26 * len(chart.rows)
+        return WIDTH, 0.8 + 0.25 * len(chart.rows)
     if isinstance(chart, HeatMap):
-        return 5.0, min(9.0, max(2.6, 1.4 + 0.3 * len(chart.y)))
-    return 5.0, 3.1
+        return WIDTH, min(9.0, max(2.6, 1.4 + 0.3 * len(chart.y)))
+    return WIDTH, 3.1
 
 
 def lies(chart: Bars) -> bool:
@@ -51,21 +53,27 @@ def _lines(axes: Axes, chart: Lines, looks: Looks) -> None:
             axes.fill_between(line.x, line.low, line.high, color=look.colour, alpha=0.16, linewidth=0)
     _name_axes(axes, chart.x_label, chart.y_label)
     _scale(axes, chart.log_x, chart.log_y)
+    low, high = axes.get_ylim()
+    if not chart.log_y and 0 < low < 0.4 * high:
+        axes.set_ylim(bottom=0)
     whole = all(float(x).is_integer() for line in chart.lines for x in line.x)
     if whole and not chart.log_x:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _bars(axes: Axes, chart: Bars, looks: Looks) -> None:
-    """Bars side by side; references are strokes over the bars of their group."""
+    """The bars that a group has side by side; references are strokes over the bars of their group."""
+    lying, places = lies(chart), np.arange(len(chart.groups), dtype=float)
     own = [name for name in chart.bars if not looks[name].reference]
-    lying, width = lies(chart), 0.8 / max(1, len(own))
-    places = np.arange(len(chart.groups), dtype=float)
+    there = np.isfinite(np.array([chart.bars[name] for name in own])).reshape(len(own), len(places))
+    width, before = 0.8 / _most_bars(chart, looks), np.cumsum(there, axis=0) - 1
     for number, name in enumerate(own):
-        at, values = places + (number - (len(own) - 1) / 2) * width, np.array(chart.bars[name])
+        shift = (before[number] - (there.sum(0) - 1) / 2) * width
         draw_bars = axes.barh if lying else axes.bar
-        draw_bars(at, values, width * 0.9, color=looks[name].colour, linewidth=0)
-        _whiskers(axes, at, chart, name, lying)
+        draw_bars(
+            places + shift, np.array(chart.bars[name]), width * 0.9, color=looks[name].colour, linewidth=0
+        )
+        _whiskers(axes, places + shift, chart, name, lying)
     for name in chart.bars:
         if looks[name].reference:
             strokes = axes.vlines if lying else axes.hlines
@@ -80,6 +88,12 @@ def _bars(axes: Axes, chart: Bars, looks: Looks) -> None:
         axes.set_xlabel(chart.y_label)
     else:
         axes.set_ylabel(chart.y_label)
+
+
+def _most_bars(chart: Bars, looks: Looks) -> int:
+    """Of one group."""
+    own = [values for name, values in chart.bars.items() if not looks[name].reference]
+    return int(np.isfinite(np.array(own)).sum(0).max(initial=1)) if own else 1
 
 
 def _whiskers(axes: Axes, at: Any, chart: Bars, name: str, lying: bool) -> None:
