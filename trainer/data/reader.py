@@ -48,8 +48,8 @@ from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.sample import Sample
-from trainer.data.similarity.loading import LoadedVectors, given_vectors, load_vectors
-from trainer.data.similarity.similarity import keys_of, similarities_of
+from trainer.data.similarity.loading import open_similarities
+from trainer.data.similarity.similarity import keys_of
 from trainer.data.similarity.vectors import Vectors
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.storage import is_remote
@@ -148,13 +148,10 @@ class SequenceLogReader:
         self.rank, self.world_size = rank, world_size
         self._own_row_groups = own_row_groups
         manifest = manifest or read_manifest(config.log)
-        self.vectors: Mapping[str, LoadedVectors] = {}
-        columns = _columns(manifest, rows, tasks, config)
-        if config.similarity and vectors is None:
-            with together():
-                self.vectors = load_vectors(config, manifest)
-            vectors = given_vectors(self.vectors)
-        self.columns = replace(columns, similarities=similarities_of(config, manifest, vectors or {}))
+        self.columns = _columns(manifest, rows, tasks, config)
+        with together() if config.similarity else nullcontext():
+            self.vectors, similarities = open_similarities(config, manifest, vectors)
+        self.columns = replace(self.columns, similarities=similarities)
         by_digest = not is_remote(config.log) if config.verify == "auto" else config.verify
         whole = by_digest and config.on_bad == "fail"
         with together():

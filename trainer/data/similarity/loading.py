@@ -13,7 +13,7 @@ import numpy as np
 
 from trainer.config.sections import DataConfig
 from trainer.data.similarity.files import VectorCounts, files_of, read_vectors
-from trainer.data.similarity.keys import Key
+from trainer.data.similarity.similarity import Similarity, keys_in_log, similarities_of
 from trainer.data.similarity.vectors import Vectors
 from trainer.log.schema import LogManifest
 
@@ -47,10 +47,9 @@ def load_vectors(data: DataConfig, manifest: LogManifest) -> dict[str, LoadedVec
     Raises:
         ConfigError: the log has no such key. DataError, UnavailableError: see `read_vectors`.
     """
-    wanted = {name for each in data.similarity.values() for name in (each.of, each.to)}
     found = {}
-    for name in [name for name in data.vectors if name in wanted]:
-        settings, key = data.vectors[name], Key.of(manifest, name, data.vectors[name].key)
+    for name, key in keys_in_log(data, manifest).items():
+        settings = data.vectors[name]
         stamps = tuple(map(_stamp, files_of(settings.file)))
         known = (str(data.log), str(key), settings.model_dump_json(), stamps)
         if (loaded := _IN_USE.get(known)) is None:
@@ -64,6 +63,22 @@ def load_vectors(data: DataConfig, manifest: LogManifest) -> dict[str, LoadedVec
 def given_vectors(loaded: Mapping[str, LoadedVectors]) -> dict[str, Vectors]:
     """Without what was found in the files."""
     return {name: each.vectors for name, each in loaded.items()}
+
+
+def open_similarities(
+    data: DataConfig, manifest: LogManifest, given: Mapping[str, Vectors] | None = None
+) -> tuple[dict[str, LoadedVectors], tuple[Similarity, ...]]:
+    """The similarities of a config over a log, and the vectors that were loaded for them.
+
+    Args:
+        given: the vectors; None: they are read from their files.
+
+    Raises:
+        ConfigError, DataError, UnavailableError: see `load_vectors` and `similarities_of`.
+    """
+    loaded = load_vectors(data, manifest) if given is None else {}
+    vectors = given_vectors(loaded) if given is None else given
+    return loaded, similarities_of(data, keys_in_log(data, manifest), vectors)
 
 
 def _stamp(file: Path) -> tuple[str, int, float]:

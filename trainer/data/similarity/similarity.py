@@ -144,24 +144,36 @@ def _stretches(start: Ints, end: Ints, bounds: Ints) -> Iterator[tuple[int, int]
         first = last
 
 
+def vectors_used(data: DataConfig) -> list[str]:
+    """The names of all vectors that similarities compare, each once."""
+    return list(dict.fromkeys(name for each in data.similarity.values() for name in (each.of, each.to)))
+
+
 def keys_of(data: DataConfig) -> list[str]:
     """The names of all keys that similarities compare, each once."""
-    used = [name for each in data.similarity.values() for name in (each.of, each.to)]
-    return list(dict.fromkeys(data.vectors[name].key for name in used))
+    return list(dict.fromkeys(data.vectors[name].key for name in vectors_used(data)))
+
+
+def keys_in_log(data: DataConfig, manifest: LogManifest) -> dict[str, Key]:
+    """What has the vectors of each name, in a log.
+
+    Raises:
+        ConfigError: see `Key.of`.
+    """
+    return {name: Key.of(manifest, name, data.vectors[name].key) for name in vectors_used(data)}
 
 
 def similarities_of(
-    data: DataConfig, manifest: LogManifest, vectors: Mapping[str, Vectors]
+    data: DataConfig, keys: Mapping[str, Key], vectors: Mapping[str, Vectors]
 ) -> tuple[Similarity, ...]:
-    """The similarities of a config over a log.
+    """The similarities of a config.
 
     Args:
-        vectors: by their names in the config.
+        keys, vectors: by the names of the vectors in the config.
 
     Raises:
         ConfigError: candidates or behaviors lack a key, or two vectors are not of one width.
     """
-    keys = {name: Key.of(manifest, name, each.key) for name, each in data.vectors.items()}
     found = []
     for name, settings in data.similarity.items():
         of, to = keys[settings.of], keys[settings.to]
