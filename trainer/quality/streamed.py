@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from trainer.quality.leads import Estimate
 from trainer.quality.metrics import Metrics, candidate_losses, normalised_loss
+from trainer.quality.metrics import calibration as ratio
 from trainer.quality.ranking import RANKS, Floats, Ints, Ranked, as_arrays, half_width
 from trainer.quality.runs import RowFile
 
@@ -37,12 +38,14 @@ class Part(NamedTuple):
     Attributes:
         score, label: [n]; group: [n] the request of each, by whatever integers; user: [n], numbered from 0
             within the part.
+        weight: [n], of the loss; None where candidates have none.
     """
 
     score: npt.NDArray[Any]
     label: npt.NDArray[Any]
     group: Ints
     user: Ints
+    weight: npt.NDArray[Any] | None = None
 
 
 Parts = Callable[[], Iterator[Part]]
@@ -113,6 +116,8 @@ class _Sums:
         # Requests with both classes, those of them that HR counts, and users with both classes.
         self.groups = self.counted = self.users_with_both = 0
         self.label = self.negative = self.score = self.loss = 0.0
+        # Of scores and labels, each times its weight; None without weights.
+        self.weighted: Floats | None = None
         self.gauc, self.gauc_user = np.zeros(2), np.zeros(2)
         self.at = {k: np.zeros(2) for k in RANKS}
 
@@ -144,6 +149,9 @@ class _Sums:
             each = candidate_losses(s, y)
             self.score, self.loss = self.score + float(s.sum()), self.loss + float(each.sum())
             losses = np.bincount(part.user, each, users)
+            if part.weight is not None:
+                total = np.stack([s, y]) @ part.weight.astype(np.float64)
+                self.weighted = total if self.weighted is None else self.weighted + total
         self._of_users.append(np.stack([*own, losses]))
         self._cells += np.bincount(_cell(s), minlength=self._cells.size)
 
@@ -279,10 +287,12 @@ def _assessment(sums: _Sums, ranks: _Ranks, probable: bool) -> Assessment:
     calibration = {
         "logloss": loss,
         "ne": normalised_loss(loss, rate),
-        "pcoc": sums.score / sums.label if sums.label else math.nan,
+        "pcoc": ratio(sums.score, sums.label),
         "ece": float(np.abs(ranks.gaps).sum()) / n if n else math.nan,
         "rate": rate,
     }
+    if sums.weighted is not None:
+        calibration["pcoc_weighted"] = ratio(float(sums.weighted[0]), float(sums.weighted[1]))
     of_users["logloss"] = (losses - loss * candidates) / max(n, 1)
     return Assessment(ranking, calibration, counts, of_users)
 
