@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Option
 
+from launch.analysis_verbs import analyze
 from launch.options import (
     At,
     Cache,
@@ -221,6 +222,9 @@ def evaluate(
         from pipelines.evaluate import evaluate as run
 
     run(run_folder, split, checkpoint, device, sample, weights)
+
+
+app.command()(analyze)
 
 
 @app.command()

@@ -24,10 +24,11 @@ Version = Annotated[
 
 def At(*names: str, **options: Any) -> Any:
     """An option that is a place: a path, or an address such as s3://bucket/log."""
-    return Option(*names, parser=_place, **options)
+    return Option(*names, parser=place_of, **options)
 
 
-def _place(text: str) -> Path:
+def place_of(text: str) -> Path:
+    """A path or an address, as a parser of options."""
     from embeddings.errors import ConfigError
     from trainer.storage import place
 
@@ -43,7 +44,7 @@ def _place(text: str) -> Path:
 def _local(text: str) -> Path:
     from trainer.storage import is_remote
 
-    if is_remote(found := _place(text)):
+    if is_remote(found := place_of(text)):
         raise typer.BadParameter(f"{text}: must be a folder of this machine, since files in it are mapped")
     return found
 
