@@ -17,9 +17,10 @@ from embeddings.errors import DataError
 from trainer.config.sections import DataConfig
 from trainer.data.files import READERS, RowGroup, ahead, check_files
 from trainer.data.labels import TaskLabels
-from trainer.data.row_group import Bags, read_footer
+from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.data.sample import Sample
+from trainer.log.bags import Bags
 from trainer.log.schema import FeatureInfo, LogManifest, SplitInfo
 from trainer.quality.ranking import Ints
 

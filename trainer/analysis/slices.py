@@ -123,6 +123,17 @@ def _by_edges(name: str, title: str, values: Ints, edges: Sequence[int]) -> Slic
     return Slicing(name, title, tuple(names), place)
 
 
+def over_runs(metric: str, runs: Sequence[Measured]) -> Interval:
+    """The mean of a metric over runs that were measured on the same candidates and draws of users."""
+    value, drawn = _mean(metric, runs)
+    return Interval.of(value, drawn, max(run.users for run in runs))
+
+
+def _mean(metric: str, runs: Sequence[Measured]) -> tuple[float, Floats]:
+    value = float(np.mean([getattr(run.metrics, metric) for run in runs]))
+    return value, np.mean([run.drawn[metric] for run in runs], axis=0)
+
+
 _BETTER = {"auc": ("AUC", 1), "gauc": ("GAUC", 1), "logloss": ("logloss", -1)}
 """What two models are compared by: in words, and whether more of it is better."""
 COMPARED = tuple(_BETTER)
@@ -146,12 +157,9 @@ class Comparison:
         metric: str, first: str, of_first: Sequence[Measured], second: str, of_second: Sequence[Measured]
     ) -> Comparison:
         """Of two configs, each the mean of its runs (seeds); all of the same candidates and draws."""
-        value, drawn, users = 0.0, np.zeros(1), 0
-        for sign, runs in ((1, of_first), (-1, of_second)):
-            value += sign * float(np.mean([getattr(run.metrics, metric) for run in runs]))
-            drawn = drawn + sign * np.mean([run.drawn[metric] for run in runs], axis=0)
-            users = max(users, *(run.users for run in runs))
-        return Comparison(first, second, metric, Interval.of(value, drawn, users))
+        (value, drawn), (other, of_other) = (_mean(metric, runs) for runs in (of_first, of_second))
+        users = max(run.users for run in (*of_first, *of_second))
+        return Comparison(first, second, metric, Interval.of(value - other, drawn - of_other, users))
 
     @property
     def told(self) -> bool:
