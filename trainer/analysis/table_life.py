@@ -124,7 +124,7 @@ def median_age(last: Ints, now: int) -> float:
     return float(np.median(now - last)) / _DAY if last.size else float("nan")
 
 
-def moments(norms: Floats | Norms) -> tuple[float, float]:
+def middle_and_high(norms: Floats | Norms) -> tuple[float, float]:
     """-> (median, 99th percentile) of norms; NaN of none."""
     if not norms.size:
         return float("nan"), float("nan")
