@@ -161,8 +161,8 @@ def _whole(lives: Sequence[TableLife]) -> Table:
     caption = (
         "A row for each table: GROUP / FEATURE, with the set between where there are several. MB are those "
         "of 32-bit weights without the optimizer's state. Norms are Euclidean, of rows with an id. Shares "
-        f"are fractions of 1. What is counted: {' or '.join(counted) or 'nothing'}; a behavior counts once for "
-        "each row of the log, candidates and features of requests once each. The look-ups of the top 1 % are "
+        f"are fractions of 1. What is counted: {' or '.join(counted) or 'nothing'}; a behavior counts once "
+        "for each row of the log, candidates and features of requests once each. The look-ups of the top 1 % are "
         "the share that goes to the most frequent 1 % of the seen ids. Days are of the log's own time, back "
         "from its newest request."
     )
@@ -202,8 +202,9 @@ def _dead(lives: Sequence[TableLife]) -> Iterator[Figure]:
     if there := tuple(chart for chart in charts if chart is not None):
         caption = (
             "Left: rows whose optimizer state is zero. Right: rows whose id the training split never holds. "
-            "The first may be larger: an attention table is updated for all behaviors of a window, one that "
-            "represents only for those that the search kept. Such rows cost memory and answer at random."
+            "The first may be larger: gradients reach candidates and those behaviors that a search kept, and "
+            "a run may have ended before it had read the whole split. Such rows cost memory and answer at "
+            "random."
         )
         yield Figure("tables_dead", "Rows that nothing reached", caption, there)
 
