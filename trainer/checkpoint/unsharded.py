@@ -32,6 +32,7 @@ from embeddings.errors import CheckpointError
 from embeddings.groups import TableName
 from embeddings.lookup.sharding import table_of
 from trainer.checkpoint import files as checkpoint_files
+from trainer.checkpoint.accumulators import accumulated, accumulator_of
 from trainer.checkpoint.plain_ids import PlainIds, write_ids
 from trainer.checkpoint.tensor_stream import TensorStream
 from trainer.checkpoint.tensors import TensorReader
@@ -209,22 +210,6 @@ def _write_table(reader: TensorReader, file: Path, name: TableName, weight: str)
             for _, band in reader.bands(accumulator):
                 stream.append("accumulator", band)
     return PlainTable(feature=name.feature, group=name.group, rows=rows, dim=dim, accumulator=kind)
-
-
-def accumulator_of(weight: str) -> str:
-    """The tensor of a table's optimizer. Only the first one is its own; FBGEMM's others are counters."""
-    return f"optim.state.fused.{weight}.{table_of(weight)}.momentum1"
-
-
-def accumulated(reader: TensorReader, accumulator: str, rows: int, start: int, stop: int) -> Tensor:
-    """Of the rows [start, stop) of a table of so many rows.
-
-    Row-wise there is one a row and column shard, each the mean over its columns: together their mean.
-    """
-    size = reader.shape(accumulator)
-    begins = range(0, size[0], rows)
-    parts = [reader.rows(accumulator, begin + start, begin + stop) for begin in begins]
-    return torch.stack(parts).mean(0)
 
 
 def open_plain_tables(path: Path, check: bool = True) -> PlainTables:
