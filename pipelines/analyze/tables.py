@@ -163,8 +163,8 @@ def _whole(lives: Sequence[TableLife]) -> Table:
         "of 32-bit weights without the optimizer's state. Norms are Euclidean, of rows with an id. Shares "
         f"are fractions of 1. What is counted: {' or '.join(counted) or 'nothing'}; a behavior counts once "
         "for each row of the log, candidates and features of requests once each. The look-ups of the top 1 % "
-        "are the share that goes to the most frequent 1 % of the seen ids. Days are of the log's own time, back "
-        "from its newest request."
+        "are the share that goes to the most frequent 1 % of the seen ids. Days are of the log's own time, "
+        "back from its newest request."
     )
     return Table("tables_rows", "All tables", caption, columns, tuple(rows))
 
