@@ -1,8 +1,9 @@
 """How often and when training has seen each id of a feature: one pass over the columns of that feature.
 
-A behavior counts once for each row of the log that holds it, however many requests of that row see it, as
-training looks it up once a block; one that no request of the row may see does not count. Candidates and
-features of requests count once each, at the time of the request.
+A behavior counts once for each row of the log that holds it, however many requests of that row see it, since
+training looks it up once a block; one that lies outside of all their windows does not count. Candidates and
+features of requests count once each, at the time of the request. A hard search that is done while reading
+(`data.search`) may leave out some of what counts here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from embeddings.errors import DataError
 from trainer.config.sections import DataConfig
+from trainer.data.blocks import with_windows
 from trainer.data.files import READERS, RowGroup, ahead, check_files
 from trainer.data.labels import TaskLabels
 from trainer.data.row_group import read_footer
@@ -22,7 +24,7 @@ from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.data.sample import Sample
 from trainer.log.bags import Bags
 from trainer.log.schema import FeatureInfo, LogManifest, SplitInfo
-from trainer.quality.ranking import Ints
+from trainer.quality.ranking import Bools, Ints
 
 NEVER = np.iinfo(np.int64).min
 # Ids that are counted at a time: adding them up costs a pass over the whole table.
@@ -75,12 +77,14 @@ def lookups_of(
         places = replace(sample, row_groups=drawn).places(places)
     read = 1.0 if sample is None else len(places) / whole
     count, last, newest = np.zeros(rows, dtype=np.int64), np.full(rows, NEVER), NEVER
-    waiting: list[tuple[Ints, Ints]] = []
+    waiting, held = list[tuple[Ints, Ints]](), 0
     for ids, times, latest in _sightings(config, manifest, feature, rows, places):
         newest = max(newest, latest)
         waiting.append((ids, times))
-        if sum(part.size for part, _ in waiting) >= _AT_ONCE:
+        held += ids.size
+        if held >= _AT_ONCE:
             _add(count, last, waiting)
+            held = 0
     _add(count, last, waiting)
     return Lookups(count, last, newest, read)
 
@@ -118,36 +122,36 @@ def _sightings(
             if config.on_bad != "skip":
                 raise
             return None
-        ids, times = _of_rows(found, feature)
+        ids, times = _of_rows(found, feature, config)
         return ids, times, int(found.request_time.max(initial=NEVER))
 
     yield from ahead(decoded, places)
 
 
-def _of_rows(rows: UserRows, feature: str) -> tuple[Ints, Ints]:
+def _of_rows(rows: UserRows, feature: str, config: DataConfig) -> tuple[Ints, Ints]:
     """All ids of a feature in a row group, and when each was seen."""
     ids, times = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
 
-    def add(bags: Bags, time: Ints, kept: Ints) -> None:
+    def add(bags: Bags, time: Ints, kept: Bools) -> None:
         lengths = np.ones(time.size, dtype=np.int64) if bags.offsets is None else np.diff(bags.offsets)
-        chosen = np.repeat(kept, lengths).astype(np.bool_)
+        chosen = np.repeat(kept, lengths)
         ids.append(bags.values[chosen].astype(np.int64))
         times.append(np.repeat(time, lengths)[chosen])
 
     if feature in rows.history:
-        add(rows.history[feature], rows.history_time, _visible(rows))
+        add(rows.history[feature], rows.history_time, _visible(rows, config))
     of_request = np.repeat(rows.request_time, np.diff(rows.candidate_offsets))
     for part, time in ((rows.candidates, of_request), (rows.context, rows.request_time)):
         if feature in part:
-            add(part[feature], time, np.ones(time.size, dtype=np.int64))
+            add(part[feature], time, np.ones(time.size, dtype=np.bool_))
     return np.concatenate(ids), np.concatenate(times)
 
 
-def _visible(rows: UserRows) -> Ints:
-    """[behaviors], 1 where some request of the row may see the behavior, else 0."""
-    lengths = np.diff(rows.history_offsets)
-    ends = np.zeros(lengths.size, dtype=np.int64)
-    np.maximum.at(ends, np.repeat(np.arange(lengths.size), np.diff(rows.request_offsets)), rows.history_end)
-    place = np.arange(int(rows.history_offsets[-1])) - np.repeat(rows.history_offsets[:-1], lengths)
-    visible: Ints = (place < np.repeat(ends, lengths)).astype(np.int64)
+def _visible(rows: UserRows, config: DataConfig) -> Bools:
+    """[behaviors], whether the window of some request of the row holds the behavior."""
+    *_, start, end, _, _ = with_windows(rows, config.history_length, config.ingestion_delay).requests
+    borders = np.zeros(int(rows.history_offsets[-1]) + 1, dtype=np.int64)
+    np.add.at(borders, start, 1)
+    np.add.at(borders, end, -1)
+    visible: Bools = np.cumsum(borders[:-1]) > 0
     return visible

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from trainer.checkpoint.accumulators import updated
 from trainer.checkpoint.tensors import TensorReader
-from trainer.checkpoint.unsharded import accumulated, accumulator_of
 from trainer.quality.ranking import Bools, Floats, Ints
 
 Norms = npt.NDArray[np.float32]
-# Numbers of the optimizer's state that are read at a time.
+# Numbers of the optimizer's state that are read at a time, if it keeps one a weight.
 _AT_ONCE = 1 << 24
 _DAY = 86_400
 # Days since an id was seen last, by which rows are counted.
@@ -38,18 +38,13 @@ def updated_rows(reader: TensorReader, weight: str) -> Bools | None:
 
     None where the optimizer keeps no state (SGD).
     """
-    name, rows = accumulator_of(weight), reader.shape(weight)[0]
-    if name not in reader:
-        return None
-    names = [name, *(accumulator_of(lane) for lane in reader.lanes(weight))]
-    found = np.zeros(rows, dtype=np.bool_)
-    row = max(1, int(torch.Size(reader.shape(name)[1:]).numel()))
-    at_once = max(1, _AT_ONCE // row)
+    rows, width = reader.shape(weight)
+    found, at_once = np.zeros(rows, dtype=np.bool_), max(1, _AT_ONCE // width)
     for start in range(0, rows, at_once):
-        stop = min(start + at_once, rows)
-        for each in names:
-            state = accumulated(reader, each, rows, start, stop).reshape(stop - start, -1)
-            found[start:stop] |= (state != 0).any(dim=1).numpy()
+        part = updated(reader, weight, start, min(start + at_once, rows))
+        if part is None:
+            return None
+        found[start : start + at_once] = part.numpy()
     return found
 
 
@@ -124,7 +119,7 @@ def median_age(last: Ints, now: int) -> float:
     return float(np.median(now - last)) / _DAY if last.size else float("nan")
 
 
-def moments(norms: Floats | Norms) -> tuple[float, float]:
+def middle_and_high(norms: Floats | Norms) -> tuple[float, float]:
     """-> (median, 99th percentile) of norms; NaN of none."""
     if not norms.size:
         return float("nan"), float("nan")
