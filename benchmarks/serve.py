@@ -46,7 +46,7 @@ from pipelines.serve.metrics import Metrics
 from trainer.assemble import build_model
 from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import Settings, load_settings
-from trainer.data.row_group import Bags
+from trainer.log.bags import Bags
 from trainer.run_config import Config
 from trainer.serving.arrow_body import MEDIA_TYPE
 from trainer.serving.batcher import BatchSettings

@@ -13,8 +13,9 @@ from trainer.data.batch import RequestBatch
 from trainer.data.blocks import LazyRows, cut_blocks, with_windows
 from trainer.data.collate import collate
 from trainer.data.files import RowGroup
-from trainer.data.row_group import FeatureIds, Ids, Ints
+from trainer.data.row_group import FeatureIds
 from trainer.data.rows import Columns, PlanRows, UserRows
+from trainer.log.bags import Ids, Ints
 from trainer.log.schema import FeatureInfo, LogManifest
 
 ITEM, CATEGORY = "item_id", "category_id"

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 
 from trainer.config.tasks import Task
 from trainer.data.labels import TaskLabels
-from trainer.data.row_group import Bags, Floats, Ints
+from trainer.data.row_group import Floats
+from trainer.log.bags import Bags, Ints
 from trainer.serving.histories import HistoryStore, as_user, known_user
 from trainer.serving.request import Limits
 

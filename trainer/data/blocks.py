@@ -17,8 +17,8 @@ import numpy as np
 
 from trainer.config.sections import DataConfig
 from trainer.data.files import RowGroup
-from trainer.data.row_group import Ints
 from trainer.data.rows import PlanRows, UserRows
+from trainer.log.bags import Ints
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 
 from trainer.data.batch import Clusters
 from trainer.data.blocks import Selection, newest_behaviors
-from trainer.data.row_group import Ints
 from trainer.data.rows import UserRows
+from trainer.log.bags import Ints
 
 
 class ClusteredBlock:

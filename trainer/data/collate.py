@@ -20,8 +20,9 @@ from trainer.data.batch import Clusters, RequestBatch, Retrieval, Sizes, label_c
 from trainer.data.blocks import Block, Selection, newest_behaviors
 from trainer.data.clusters import ClusteredBlock, join_clusters
 from trainer.data.hard_search import hierarchical_search
-from trainer.data.row_group import Chosen, FeatureIds, Floats, Ids, Ints, offsets_of
+from trainer.data.row_group import FeatureIds, Floats
 from trainer.data.rows import Columns, UserRows
+from trainer.log.bags import Chosen, Ids, Ints, offsets_of
 
 _DAY = 86_400.0
 

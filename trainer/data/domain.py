@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from embeddings.errors import ConfigError, hint_of
-from trainer.data.row_group import FeatureIds, Ints
+from trainer.data.row_group import FeatureIds
+from trainer.log.bags import Ints
 from trainer.log.schema import LogManifest
 
 

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from trainer.data.domain import DomainColumn
 from trainer.data.files import RowGroup, ahead
-from trainer.data.row_group import Bags, FeatureIds, Ints, offsets_of
+from trainer.data.row_group import FeatureIds
 from trainer.data.rows import PlanRows, UserRows, read_plan
+from trainer.log.bags import Bags, Ints, offsets_of
 
 Bools = npt.NDArray[np.bool_]
 

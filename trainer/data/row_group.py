@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from embeddings.errors import DataError
 from trainer.log.arrow import PARQUET_ERRORS
+from trainer.log.bags import Bags, Ids, Ints
 from trainer.log.schema import FeatureInfo
 from trainer.storage import is_remote
 from trainer.storage.ranges import columns_of, footer_of
@@ -24,61 +25,7 @@ from trainer.storage.ranges import columns_of, footer_of
 # A list offset or count beyond this is damage, not data; it bounds what a bad file can make us allocate.
 LONGEST = 1 << 31
 
-Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.int32 | np.int64]
 Floats = npt.NDArray[np.float32]
-# Consecutive elements [start, stop), both given, or elements one by one.
-Chosen = slice | Ints
-
-
-def offsets_of(lengths: Sequence[int] | Ints) -> Ints:
-    """Where each of consecutive pieces begins, and where the last one ends: int64 [n + 1]."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(np.asarray(lengths, dtype=np.int64), out=offsets[1:])
-    return offsets
-
-
-@dataclass(frozen=True)
-class Bags:
-    """Ids of consecutive behaviors, candidates or requests: one each, or several.
-
-    Attributes:
-        values: the ids; offsets: [n + 1] where the ids of each begin, None with one id each.
-    """
-
-    values: Ids
-    offsets: Ints | None = None
-
-    @staticmethod
-    def of_lengths(values: Ids, lengths: Sequence[int] | Ints | None) -> Bags:
-        """Bags of so many ids each; None: of one each."""
-        return Bags(values, None if lengths is None else offsets_of(lengths))
-
-    @property
-    def size(self) -> int:
-        """The number of bags: of behaviors, candidates or requests."""
-        return self.values.size if self.offsets is None else self.offsets.size - 1
-
-    @property
-    def lengths(self) -> Ints:
-        """Ids of each bag: [n]."""
-        return np.ones(self.values.size, dtype=np.int64) if self.offsets is None else np.diff(self.offsets)
-
-    def part(self, chosen: slice) -> Bags:
-        """Consecutive bags as int64 in memory of their own: a view would keep all of the ids in memory."""
-        values, lengths = self.select(chosen)
-        return Bags.of_lengths(values.astype(np.int64), None if self.offsets is None else lengths)
-
-    def select(self, chosen: Chosen) -> tuple[Ids, Ints]:
-        """Ids of the chosen bags, in that order, and the bags' lengths."""
-        if self.offsets is None:
-            ids = self.values[chosen]
-            return ids, np.ones(ids.size, dtype=np.int64)
-        lengths = np.diff(self.offsets)[chosen]
-        if isinstance(chosen, slice):
-            return self.values[self.offsets[chosen.start] : self.offsets[chosen.stop]], lengths
-        starts = np.repeat(self.offsets[chosen] - (np.cumsum(lengths) - lengths), lengths)
-        return self.values[starts + np.arange(starts.size)], lengths
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from embeddings.errors import DataError
 from trainer.config.tasks import Task
 from trainer.data.domain import DomainColumn
 from trainer.data.labels import TaskLabels
-from trainer.data.row_group import LONGEST, FeatureIds, Floats, GroupColumns, Ints, offsets_of, read_group
+from trainer.data.row_group import LONGEST, FeatureIds, Floats, GroupColumns, read_group
+from trainer.log.bags import Ints, offsets_of
 from trainer.log.schema import CLUSTER_COLUMNS, FeatureInfo, LogManifest
 
 

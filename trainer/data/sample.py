@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embeddings.ids.hashing import hashed
-from trainer.data.row_group import Ints
 from trainer.data.rows import PlanRows
+from trainer.log.bags import Ints
 
 Bools = npt.NDArray[np.bool_]
 _Place = TypeVar("_Place")

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.row_group import Bags, Ints
 from trainer.log.arrow import PARQUET_ERRORS, is_list, is_text
+from trainer.log.bags import Bags, Ints
 from trainer.log.known_values import KnownValues
 from trainer.log.schema import CLUSTER_COLUMNS
 from trainer.serving.arrow_messages import check_messages

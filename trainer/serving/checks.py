@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.row_group import Bags, Floats, Ints
+from trainer.data.row_group import Floats
+from trainer.log.bags import Bags, Ints
 from trainer.serving.request import History, Limits, Needs, Part, Request, RequestError
 
 

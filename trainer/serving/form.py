@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from trainer.data.row_group import Bags, Ints
 from trainer.log.arrow import is_text
+from trainer.log.bags import Bags, Ints
 from trainer.serving.checks import check_request
 from trainer.serving.histories import known_user
 from trainer.serving.raw_ids import raw_ids

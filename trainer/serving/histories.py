@@ -26,9 +26,10 @@ from trainer.config.sections import DataConfig
 from trainer.data.files import READERS, RowGroup, ahead
 from trainer.data.labels import TaskLabels
 from trainer.data.reader import SequenceLogReader
-from trainer.data.row_group import Ints, read_footer, read_group
+from trainer.data.row_group import read_footer, read_group
 from trainer.data.rows import Columns, UserRows, read_rows
 from trainer.log.arrow import PARQUET_ERRORS, is_text
+from trainer.log.bags import Ints
 from trainer.log.known_values import KnownValues, known_values
 from trainer.log.schema import VOCABULARIES, read_manifest
 from trainer.sealed_folder import scratch

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import from_json as parsed
 
 from trainer.config.mistakes import path_in, with_unique_keys, words_of
-from trainer.data.row_group import Bags, Ints
+from trainer.log.bags import Bags, Ints
 from trainer.serving.checks import check_names
 from trainer.serving.form import RequestForm
 from trainer.serving.histories import as_user

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.row_group import Bags, Ints
 from trainer.log.arrow import is_text
+from trainer.log.bags import Bags, Ints
 from trainer.log.hashed_ids import hash_text
 from trainer.serving.request import Needs, Request, RequestError
 from trainer.serving.vocabulary import check_text

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embeddings.errors import TandemError
-from trainer.data.row_group import Bags, Floats, Ints
+from trainer.data.row_group import Floats
+from trainer.log.bags import Bags, Ints
 from trainer.snapshot import Snapshot
 
 Doubles = npt.NDArray[np.float64]

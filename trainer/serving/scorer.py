@@ -19,8 +19,9 @@ from trainer.data.collate import collate
 from trainer.data.domain import DomainColumn
 from trainer.data.files import RowGroup
 from trainer.data.labels import TaskLabels
-from trainer.data.row_group import Bags, FeatureIds, Floats, Ints
+from trainer.data.row_group import FeatureIds, Floats
 from trainer.data.rows import Columns, UserRows
+from trainer.log.bags import Bags, Ints
 from trainer.log.known_values import KnownValues
 from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch, Reading

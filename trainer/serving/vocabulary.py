@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.row_group import Ints
 from trainer.log.arrow import is_text
+from trainer.log.bags import Ints
 from trainer.log.known_values import KnownValues, known_values
 from trainer.serving.request import RequestError
 from trainer.snapshot import Snapshot

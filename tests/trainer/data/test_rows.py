@@ -13,8 +13,9 @@ from embeddings.errors import DataError
 from tests.helpers.logs import FEATURES, Row, manifest_of, random_rows, write_log
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
-from trainer.data.row_group import Bags, FeatureIds
+from trainer.data.row_group import FeatureIds
 from trainer.data.rows import Columns, UserRows, read_rows
+from trainer.log.bags import Bags
 from trainer.log.schema import schema_of
 
 COLUMNS = Columns.of(manifest_of())

@@ -1,0 +1,66 @@
+"""What an encoder of a number is: codes of numbers become bags of ids, each of its own small table."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, Field
+
+from trainer.config.toml import Settings
+from trainer.log.bags import Bags, Ints
+from trainer.log.encoders.code import LARGEST, integer_of
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+    return value
+
+
+Number = Annotated[int | float, AfterValidator(_finite)]
+
+
+class Encoder(Settings):
+    """How a number becomes ids. Every kind has its own file; the table of them is in `table.py`.
+
+    Attributes:
+        gives_ids: whether there are ids; without, the log keeps the number itself.
+    """
+
+    gives_ids: ClassVar[bool] = True
+
+    kind: str
+    """Which encoder it is."""
+    step: Annotated[Number, Field(gt=0)] = 1
+    """The unit in which numbers are counted: what is encoded is floor(number / step + 1/2). With step 1,
+    integers are taken exactly, whatever their size."""
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the greatest quantised integer; numbers outside are overflow."""
+        return -LARGEST, LARGEST
+
+    @abstractmethod
+    def parts(self, name: str) -> dict[str, int]:
+        """The name of each feature that a table has for the field `name` -> the rows of the table."""
+
+    @abstractmethod
+    def most_ids(self, name: str) -> dict[str, int]:
+        """The name of each feature as in `parts` -> the most ids of a bag."""
+
+    @abstractmethod
+    def encode(self, codes: Ints) -> dict[str, Bags]:
+        """One bag a code, for each part: its key is what the part's name has after that of the field."""
+
+    def quantise(self, value: float) -> int:
+        """The quantised integer of a finite number of the settings.
+
+        Raises:
+            ValueError: there are more steps to it than fit 64 bits.
+        """
+        whole = integer_of(value, self.step)
+        if abs(whole) > LARGEST:
+            raise ValueError(f"{value} is {whole} steps of {self.step}; they must lie within +-(2^63 - 2)")
+        return whole
