@@ -32,6 +32,7 @@ class Metrics:
         rate: the mean label.
         samples, positives, requests: what was counted; positives have a label of at least 0.5.
         groups, users: requests and users with both classes.
+        pcoc_weighted: pcoc with each candidate's weight in the loss; None where candidates have no weights.
     """
 
     auc: float
@@ -56,19 +57,28 @@ class Metrics:
     requests: int
     groups: int
     users: int
+    pcoc_weighted: float | None = None
 
     def as_dict(self) -> dict[str, float | int]:
-        return asdict(self)
+        """By name; `pcoc_weighted` only where there are weights."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def measure(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: Ints | None = None) -> Metrics:
+def measure(
+    scores: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    groups: Ints,
+    users: Ints | None = None,
+    weights: npt.ArrayLike | None = None,
+) -> Metrics:
     """Metrics of predicted probabilities.
 
     Args:
         scores: [n] probabilities; labels: [n] of 0 and 1, or probabilities too.
-            Sample weights do not enter: every candidate counts once.
+            Sample weights enter `pcoc_weighted` alone: in all else every candidate counts once.
         groups: [n] the request of each, by whatever integers; users: [n] its user. Without users every
             request counts as a user's only one.
+        weights: [n], of the loss.
 
     Raises:
         DataError: unequal lengths, a score that is not finite or no probability, or a label outside 0 to 1.
@@ -77,6 +87,9 @@ def measure(scores: npt.ArrayLike, labels: npt.ArrayLike, groups: Ints, users: I
     p, y = as_arrays(scores, labels, groups, users)
     values: dict[str, Any] = {**ranking_metrics(p, y, groups, users), **calibration_metrics(p, y, users)}
     requests = int(np.unique(groups).size)
+    if weights is not None:
+        weight = np.asarray(weights, dtype=np.float64)
+        values["pcoc_weighted"] = calibration(float((weight * p).sum()), float((weight * y).sum()))
     return Metrics(**values, samples=int(y.size), positives=int((y >= 0.5).sum()), requests=requests)
 
 
@@ -109,6 +122,11 @@ def ratio_influence(above: Floats, below: Floats) -> tuple[float, Floats]:
         return math.nan, np.zeros(below.size)
     ratio = float(above.sum()) / total
     return ratio, (above - ratio * below) / total
+
+
+def calibration(predicted: float, observed: float) -> float:
+    """A sum of predictions over the sum of the labels; NaN without any positive label."""
+    return predicted / observed if observed else math.nan
 
 
 def normalised_loss(loss: float, rate: float) -> float:
