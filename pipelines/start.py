@@ -232,6 +232,8 @@ def open_start(
         say(line)
     for line in task_lines(config, manifest, train):
         say(line)
+    for loaded in train.vectors.values():
+        say(loaded.line)
     if validation is not None and validation.sample is not None:
         drawn = validation.sample.line(validation.expected, validation.candidates)
         say(f"validation: {drawn} (train.validate_candidates = 0 takes all)")

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from embeddings.groups import TableGroup
 from trainer.config.model import CONTEXT_ROLES, section_of
 from trainer.config.phases import DENSE, GROUP, TABLES
+from trainer.config.similarity import without_effect
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import Settings
+from trainer.data.similarity.encoding import parts_by_similarity
 from trainer.data.stream.source import SPLIT
 from trainer.log.schema import LogManifest
 from trainer.model.settings import AUXILIARY_KEYS, CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
@@ -50,6 +52,12 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
         lines.append(
             f"no effect: {', '.join(left)}; the group is looked up for behaviors alone or for candidates "
             "alone, and only the other side carries the feature"
+        )
+    of_similarities = parts_by_similarity(config.data)
+    if left := [name for name, parts in of_similarities.items() if not used & set(parts)]:
+        lines.append(
+            f"not used: {_counted(left, 'similarity')}; name it in groups.<name>.features, or leave it out of "
+            "data.similarity"
         )
     if manifest.clusters is not None and not config.data.clusters:
         lines.append(
@@ -207,6 +215,7 @@ def _of_rest(config: Config) -> list[str]:
         ]
     elif search.domain_minimum and not search.domain:
         unused.append("data.search.domain_minimum (data.search.domain is empty)")
+    unused += without_effect(data.vectors, data.similarity)
     if data.recent and not (search.levels or data.clusters):
         unused.append(f"data.recent = {data.recent} (neither data.search nor data.clusters cuts the history)")
     if data.order == "stored" and _changed(data, "shuffle_row_groups"):
