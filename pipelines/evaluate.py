@@ -12,6 +12,7 @@ from pipelines.quality_report import baselines_key, remarks, report, without
 from pipelines.score import write_named_scores
 from pipelines.start import open_split
 from trainer.checkpoint.averages import Weights
+from trainer.checkpoint.compatible import changed_vectors
 from trainer.checkpoint.restore import RestoredModel, restore
 from trainer.data.reader import SequenceLogReader
 from trainer.quality.balance import by_balance
@@ -61,6 +62,11 @@ def evaluate(
         reader = open_split(
             restored.config, split, restored.rows, ranks, limit=sample, finders=restored.finders
         )
+        digests = {name: each.digest for name, each in reader.vectors.items()}
+        for line in (
+            changed_vectors(restored.state, digests, f"step {restored.step:,}") if ranks.speaks else ()
+        ):
+            print(line, flush=True)
         overlap = _overlap(restored, reader, ranks) if restored.averages else {}
         restored.put(restored.averages)
         with scored_split(restored.sharded.model, reader, ranks.device, run) as scored:

@@ -32,6 +32,7 @@ from trainer.assemble import (
     room_for_tables,
     run_of,
 )
+from trainer.checkpoint import compatible
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.checkpoint.dense_start import TaskHeads
@@ -230,10 +231,10 @@ def open_start(
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
     for line in remarks(config, manifest, groups):
         say(line)
-    for line in task_lines(config, manifest, train):
+    of_vectors = [each.line for each in train.vectors.values()]
+    of_vectors += compatible.changed_vectors(resume.state, train.vectors, where)
+    for line in [*of_vectors, *task_lines(config, manifest, train)]:
         say(line)
-    for loaded in train.vectors.values():
-        say(loaded.line)
     if validation is not None and validation.sample is not None:
         drawn = validation.sample.line(validation.expected, validation.candidates)
         say(f"validation: {drawn} (train.validate_candidates = 0 takes all)")

@@ -1,4 +1,4 @@
-"""A planted signal in pre-trained vectors, of items that have too few events for ids to tell it: `similar`."""
+"""A planted signal in pre-trained vectors, of items with too few events for ids to tell it: `similar`."""
 
 from __future__ import annotations
 

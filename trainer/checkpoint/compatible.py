@@ -17,6 +17,7 @@ from embeddings.optimizers import ROW_OPTIMIZERS
 from trainer.config.sets import sets_of
 from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import flat_settings
+from trainer.data.similarity.loading import LoadedVectors
 from trainer.log.schema import LogManifest
 from trainer.run_config import Config
 
@@ -77,7 +78,7 @@ def check_resumable(
     for key in {**before, **now}:
         section = key.split(".")[0]
         shapes_table = section == "groups" and not key.endswith(_GROUP_SETTINGS_THAT_MAY_CHANGE)
-        if section in ("model", "tables") or shapes_table or _shapes_map(key):
+        if section in ("model", "tables") or shapes_table or _shapes_map(key) or _compares_vectors(key):
             fixed.append(key)
     if state["cursor"]["blocks"]:
         fixed += _ORDER
@@ -102,6 +103,27 @@ def check_resumable(
                 f"this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "set it back, or name another --out"
             )
+
+
+def _compares_vectors(key: str) -> bool:
+    """Whether a setting decides what the ids of a similarity stand for; files may lie elsewhere."""
+    return key.startswith(("data.vectors.", "data.similarity.")) and not key.endswith(".file")
+
+
+def changed_vectors(state: Mapping[str, Any], now: Mapping[str, LoadedVectors], where: str) -> list[str]:
+    """A line for each of some pre-trained vectors that are others than those of a checkpoint.
+
+    That is no error: a file grows with the items that come.
+
+    Args:
+        now: by name; where: name of the checkpoint.
+    """
+    before = state.get("vectors", {})
+    return [
+        f"data.vectors.{name}: the vectors are others than those that {where} was trained with"
+        for name, each in now.items()
+        if name in before and before[name] != each.digest
+    ]
 
 
 def _shapes_map(key: str) -> bool:

@@ -54,11 +54,8 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
             "alone, and only the other side carries the feature"
         )
     of_similarities = parts_by_similarity(config.data)
-    if left := [name for name, parts in of_similarities.items() if not used & set(parts)]:
-        lines.append(
-            f"not used: {_counted(left, 'similarity')}; name it in groups.<name>.features, or leave it out of "
-            "data.similarity"
-        )
+    if left := [f"data.similarity.{name}" for name, each in of_similarities.items() if not used & {*each}]:
+        lines.append(f"not used: {', '.join(left)}; name it in groups.<name>.features, or leave it out")
     if manifest.clusters is not None and not config.data.clusters:
         lines.append(
             "not used: the log's clusters of behaviors; data.clusters and model.clusters search them"
