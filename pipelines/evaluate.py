@@ -62,11 +62,9 @@ def evaluate(
         reader = open_split(
             restored.config, split, restored.rows, ranks, limit=sample, finders=restored.finders
         )
-        digests = {name: each.digest for name, each in reader.vectors.items()}
-        for line in (
-            changed_vectors(restored.state, digests, f"step {restored.step:,}") if ranks.speaks else ()
-        ):
-            print(line, flush=True)
+        for line in changed_vectors(restored.state, reader.vectors, f"step {restored.step:,}"):
+            if ranks.speaks:
+                print(line, flush=True)
         overlap = _overlap(restored, reader, ranks) if restored.averages else {}
         restored.put(restored.averages)
         with scored_split(restored.sharded.model, reader, ranks.device, run) as scored:

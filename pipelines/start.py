@@ -32,9 +32,14 @@ from trainer.assemble import (
     room_for_tables,
     run_of,
 )
-from trainer.checkpoint import compatible
 from trainer.checkpoint import save_load as checkpoint
-from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
+from trainer.checkpoint.compatible import (
+    changed_settings,
+    check_resumable,
+    check_same_order,
+    log_fingerprint,
+    vector_lines,
+)
 from trainer.checkpoint.dense_start import TaskHeads
 from trainer.checkpoint.files import bytes_of_all
 from trainer.checkpoint.plain_ids import take_ids
@@ -231,9 +236,7 @@ def open_start(
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
     for line in remarks(config, manifest, groups):
         say(line)
-    of_vectors = [each.line for each in train.vectors.values()]
-    of_vectors += compatible.changed_vectors(resume.state, train.vectors, where)
-    for line in [*of_vectors, *task_lines(config, manifest, train)]:
+    for line in [*vector_lines(resume.state, train.vectors, where), *task_lines(config, manifest, train)]:
         say(line)
     if validation is not None and validation.sample is not None:
         drawn = validation.sample.line(validation.expected, validation.candidates)

@@ -126,6 +126,11 @@ def changed_vectors(state: Mapping[str, Any], now: Mapping[str, LoadedVectors], 
     ]
 
 
+def vector_lines(state: Mapping[str, Any], now: Mapping[str, LoadedVectors], where: str) -> list[str]:
+    """What was found in the files of vectors, and which of them are others than before."""
+    return [*(each.line for each in now.values()), *changed_vectors(state, now, where)]
+
+
 def _shapes_map(key: str) -> bool:
     """Whether a setting decides which rows a map of ids has to give."""
     section, _, rest = key.partition(".")
