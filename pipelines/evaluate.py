@@ -12,8 +12,8 @@ from pipelines.quality_report import baselines_key, remarks, report, without
 from pipelines.score import write_named_scores
 from pipelines.start import open_split
 from trainer.checkpoint.averages import Weights
-from trainer.checkpoint.compatible import changed_vectors
 from trainer.checkpoint.restore import RestoredModel, restore
+from trainer.checkpoint.same_vectors import changed_vectors
 from trainer.data.reader import SequenceLogReader
 from trainer.quality.balance import by_balance
 from trainer.quality.baseline_files import baselines_of

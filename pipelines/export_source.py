@@ -15,8 +15,8 @@ from embeddings.ids.frozen import FrozenIds
 from trainer.assemble import id_bounds, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
-from trainer.checkpoint.compatible import changed_vectors
 from trainer.checkpoint.id_files import frozen_ids
+from trainer.checkpoint.same_vectors import changed_vectors
 from trainer.checkpoint.tensors import TensorReader
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.data.batch import RequestBatch

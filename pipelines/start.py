@@ -33,17 +33,12 @@ from trainer.assemble import (
     run_of,
 )
 from trainer.checkpoint import save_load as checkpoint
-from trainer.checkpoint.compatible import (
-    changed_settings,
-    check_resumable,
-    check_same_order,
-    log_fingerprint,
-    vector_lines,
-)
+from trainer.checkpoint.compatible import changed_settings, check_resumable, check_same_order, log_fingerprint
 from trainer.checkpoint.dense_start import TaskHeads
 from trainer.checkpoint.files import bytes_of_all
 from trainer.checkpoint.plain_ids import take_ids
 from trainer.checkpoint.same_tasks import check_same_tasks
+from trainer.checkpoint.same_vectors import vector_lines
 from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.ids import check_kernels
 from trainer.config.places import place_of
@@ -234,9 +229,8 @@ def open_start(
         check_same_order(resume.path, resume.state, train.order, config.data.log)
     for problem in [*train.skipped, *(validation.skipped if validation else [])]:
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
-    for line in remarks(config, manifest, groups):
-        say(line)
-    for line in [*vector_lines(resume.state, train.vectors, where), *task_lines(config, manifest, train)]:
+    of_vectors = vector_lines(resume.state, train.vectors, where)
+    for line in [*remarks(config, manifest, groups), *of_vectors, *task_lines(config, manifest, train)]:
         say(line)
     if validation is not None and validation.sample is not None:
         drawn = validation.sample.line(validation.expected, validation.candidates)

@@ -17,7 +17,6 @@ from embeddings.optimizers import ROW_OPTIMIZERS
 from trainer.config.sets import sets_of
 from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import flat_settings
-from trainer.data.similarity.loading import LoadedVectors
 from trainer.log.schema import LogManifest
 from trainer.run_config import Config
 
@@ -108,27 +107,6 @@ def check_resumable(
 def _compares_vectors(key: str) -> bool:
     """Whether a setting decides what the ids of a similarity stand for; files may lie elsewhere."""
     return key.startswith(("data.vectors.", "data.similarity.")) and not key.endswith(".file")
-
-
-def changed_vectors(state: Mapping[str, Any], now: Mapping[str, LoadedVectors], where: str) -> list[str]:
-    """A line for each of some pre-trained vectors that are others than those of a checkpoint.
-
-    That is no error: a file grows with the items that come.
-
-    Args:
-        now: by name; where: name of the checkpoint.
-    """
-    before = state.get("vectors", {})
-    return [
-        f"data.vectors.{name}: the vectors are others than those that {where} was trained with"
-        for name, each in now.items()
-        if name in before and before[name] != each.digest
-    ]
-
-
-def vector_lines(state: Mapping[str, Any], now: Mapping[str, LoadedVectors], where: str) -> list[str]:
-    """What was found in the files of vectors, and which of them are others than before."""
-    return [*(each.line for each in now.values()), *changed_vectors(state, now, where)]
 
 
 def _shapes_map(key: str) -> bool:
