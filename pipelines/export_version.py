@@ -150,7 +150,9 @@ def _write(
     """Everything of a version but its number, and how it compares to the trainer."""
     recorded, parity_requests = run.recorded(), options.parity_requests
     batches = (looked_up(batch, run.id_maps) for batch in run.compared(recorded, parity_requests))
-    found = rows_of_requests(batches, run.groups, run.config)
+    of_tables = {**run.manifest.table_features, **run.manifest.table_context}
+    parts = [name for name, info in of_tables.items() if info.field]
+    found = rows_of_requests(batches, run.groups, run.config, parts)
     tables = {g.table_name(t): t.key for g in run.groups.values() for t in g.tables}
     source = Source(run.config, run.groups, run.reader, _base_step(run, base))
     wanted = {table: found.ids[key] for table, key in tables.items()}
@@ -167,8 +169,8 @@ def _write(
     bounds = BOUNDS[min(dtypes.values(), key=WIDTHS.index)]
     inputs = inputs_of(run.manifest, recorded)
     rows = feature_rows(run.groups)
-    # Of what the ids of the model's features stand for.
-    digests = {name: known[name].vocabulary for name in {**rows, **inputs}}
+    # Of what the ids of the model's features stand for; parts of numbers are no features of the log.
+    digests = {name: known[name].vocabulary for name in {**rows, **inputs} if name in known}
     manifest = SnapshotManifest(
         number=1 if base is None else base.manifest.number + 1,
         base=base and BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST)),
@@ -265,10 +267,14 @@ def _check_overlap(
 def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeature]:
     """What carries the features of a batch, as the log has it."""
     inputs = {}
-    for name in batch.features.keys():  # noqa: SIM118 - no dict
-        inputs[name] = InputFeature(side=manifest.features[name].side, multi=manifest.features[name].multi)
-    for name in () if batch.context is None else batch.context.keys():
-        inputs[name] = InputFeature(side="context", multi=manifest.context[name].multi)
+    for key in batch.features.keys():  # noqa: SIM118 - no dict
+        name = manifest.table_features[key].field or key
+        info = manifest.features[name]
+        inputs[name] = InputFeature(side=info.side, multi=info.multi, encoder=info.encoder)
+    for key in () if batch.context is None else batch.context.keys():
+        name = manifest.table_context[key].field or key
+        info = manifest.context[name]
+        inputs[name] = InputFeature(side="context", multi=info.multi, encoder=info.encoder)
     return inputs
 
 

@@ -126,7 +126,8 @@ def lookups(
     Mirrors `TwoStageModel`: attention groups are looked up for all N + C; representation groups for those as
     well (`full`) or for the S kept behaviors and the candidates (`selected`), all sets and lanes of a group
     alike; a prior for candidates alone, unless it serves another role too; groups of the context for R
-    requests. Multi-valued features count as one id a bag.
+    requests. Multi-valued features of the log count as one id a bag; a part of an encoded number, as the
+    most ids that it can have, which is what all numbers have but for their sign.
 
     Args:
         lookup: `full` or `selected`, whatever `config.model.lookup` says; device: see `kept_behaviors`.
@@ -142,17 +143,18 @@ def lookups(
     early, late = (early | represent, set()) if lookup == "full" else (early, represent - early)
     kept = kept_behaviors(config.model, size, device)
     of_requests = [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
-    of_table = {}
+    of_table, infos, contexts = {}, manifest.table_features, manifest.table_context
     for name, group in groups.items():
         for table in group.all_tables:
             feature = table.feature
-            if feature in manifest.context and name in of_requests:
-                of_table[group.table_name(table)] = Lookup(size.requests, size.requests)
+            if feature in contexts and name in of_requests:
+                ids = size.requests * contexts[feature].most_ids
+                of_table[group.table_name(table)] = Lookup(size.requests, ids)
                 continue
             behaviors = size.behaviors if name in early else kept if name in late else 0
-            info = manifest.features[feature]
-            ids = behaviors * info.of_behaviors + size.candidates * info.of_candidates
-            of_table[group.table_name(table)] = Lookup(behaviors + size.candidates, ids)
+            info = infos[feature]
+            bags = behaviors * info.of_behaviors + size.candidates * info.of_candidates
+            of_table[group.table_name(table)] = Lookup(behaviors + size.candidates, bags * info.most_ids)
     return of_table
 
 

@@ -33,6 +33,7 @@ from trainer.checkpoint.dense_start import TaskHeads, fill_dense, tower_names
 from trainer.checkpoint.plain_ids import check_ids
 from trainer.checkpoint.save_load import find_to_use
 from trainer.checkpoint.unsharded import (
+    ENCODED,
     PlainManifest,
     PlainTables,
     Vocabularies,
@@ -55,11 +56,12 @@ _BYTES_HELD = 1 << 26
 
 
 def vocabularies(manifest: LogManifest, folder: Path) -> dict[str, Vocabulary]:
-    """Feature -> its vocabulary, of a log or of a folder of plain tables that keeps a log's."""
-    items = {name: Vocabulary(info, folder / f"{name}.parquet") for name, info in manifest.features.items()}
-    return items | {
-        name: Vocabulary(info, folder / f"context_{name}.parquet") for name, info in manifest.context.items()
-    }
+    """Feature of tables -> its vocabulary, of a log or of a folder of plain tables that keeps a log's."""
+    items, contexts = manifest.table_features.items(), manifest.table_context.items()
+    found = {name: Vocabulary(info, folder / f"{name}.parquet", info.meaning) for name, info in items}
+    for name, info in contexts:
+        found[name] = Vocabulary(info, folder / f"context_{name}.parquet", info.meaning)
+    return found
 
 
 def unshard_run(run: Path, out: Path) -> PlainManifest:
@@ -304,7 +306,12 @@ def _row_map(feature: str, new: Vocabulary, source: PlainTables, used: set[Path 
         used: folders of mapped vocabularies, for `drop_unused`; that of this one is put there.
     """
     digest, rows = source.manifest.vocabularies[feature], source.manifest.rows[feature]
-    if new.info.vocabulary == digest:
+    if ENCODED in (new.digest[: len(ENCODED)], digest[: len(ENCODED)]) and new.digest != digest:
+        problem = f"{feature} was encoded otherwise: {digest or 'ids'}, and here {new.digest or 'ids'}"
+        raise CheckpointError(
+            source.name, f"{problem}; give both logs one encoder, or train without train.init_from"
+        )
+    if new.digest == digest:
         if not digest and new.info.rows != rows:
             raise CheckpointError(
                 source.name,

@@ -97,7 +97,7 @@ class SequenceLogReader:
     Args:
         config: windows, block and batch sizes.
         split: `train`, `validation` or `test`.
-        rows: feature -> embedding rows; ids outside raise DataError. None reads all features of the log.
+        rows: feature of tables -> their rows; ids outside raise DataError. None reads all of the log.
         tasks: of the run, whose labels are read; None means every label of the log.
         rank, world_size: this reader's share.
         seed: of the shuffle; None reads in stored order.
@@ -373,7 +373,7 @@ def _columns(
     for name in wanted:
         info = manifest.features.get(name)
         needed = "history" if name == search.domain and name not in search.levels else "both"
-        if info is None or info.multi or info.side not in ("both", needed):
+        if info is None or info.multi or info.encoder or info.side not in ("both", needed):
             raise ConfigError(
                 f"data.search names {name!r}, which must be a feature with one id a behavior"
                 f"{'' if needed == 'history' else ' and candidate'}; "

@@ -37,6 +37,9 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
     lines = []
     if left := [f"tables.{name}" for name in config.tables if name not in used]:
         lines.append(f"no effect: {', '.join(left)}; no group has a table of that feature")
+    # A number is used where any part of it is.
+    known = {**manifest.table_features, **manifest.table_context}
+    read |= {known[name].field for name in used}
     if left := [name for name in manifest.context if name not in read]:
         names = ", ".join(f'"{name}"' for name in left)
         lines.append(
@@ -93,7 +96,8 @@ def _one_sided(config: Config, manifest: LogManifest) -> list[str]:
         f"{feature} in groups.{name}"
         for name, sides in needs.items()
         for feature in config.groups[name].features or manifest.features
-        if feature in manifest.features and sides == {_OTHER.get(manifest.features[feature].side)}
+        if (info := {**manifest.table_features, **manifest.features}.get(feature)) is not None
+        and sides == {_OTHER.get(info.side)}
     ]
 
 

@@ -176,7 +176,9 @@ class Scorer:
 
 
 def _infos(names: Sequence[str], needs: Needs) -> dict[str, FeatureInfo]:
-    return {name: FeatureInfo(rows=needs.rows.get(name, 1)) for name in names}
+    ids = {name: FeatureInfo(rows=needs.rows.get(name, 1)) for name in names if name not in needs.encoders}
+    numbers = {name: FeatureInfo(rows=1, encoder=encoder) for name, encoder in needs.encoders.items()}
+    return {name: ids.get(name) or numbers[name] for name in names}
 
 
 def _domain_of(feature: str, needs: Needs) -> DomainColumn | None:
