@@ -2,9 +2,9 @@
 
     tandemrec bench similarity --seeds 1,2,3 --out runs/similarity --page benchmarks/similarity.md
 
-Each seed has a log of its own, and models that start from it: benchmarks/planted/several.toml with small tables
-of ids, without and with a feature that compares each candidate with the behaviors. The cost is that of the
-reader, on one thread, without any model: seconds for all batches of a log with one similarity less those
+Each seed has a log of its own, and models that start from it: benchmarks/planted/several.toml with small
+tables of ids, without and with a feature that compares each candidate with the behaviors. The cost is that of
+the reader, on one thread, without any model: seconds for all batches of a log with one similarity less those
 without, over candidates, and over pairs of a candidate and a behavior that it is compared with.
 """
 
@@ -78,8 +78,8 @@ def main(words: Sequence[str]) -> None:
     oracle = [read_manifest(log).report["oracle"]["test"] for log in logs.values()]
     report.table(QUALITY, [_row("oracle", oracle, {}), *quality])
     report.line(
-        f"Test split of the planted log `similar`, {len(seeds)} seed(s), ± is the standard deviation over them. "
-        "Items have some 6 events each, so that ids tell little."
+        f"Test split of the planted log `similar`, {len(seeds)} seed(s), ± is the standard deviation over "
+        "them. Items have some 6 events each, so that ids tell little."
     )
     cost = _costs(given.repeats, logs[seeds[0]])
     report.table(COST, cost)

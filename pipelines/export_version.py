@@ -24,6 +24,7 @@ from trainer.checkpoint.averages import Weights
 from trainer.config.tasks import names_of
 from trainer.data.batch import RequestBatch
 from trainer.data.living_ids import looked_up
+from trainer.data.similarity.encoding import features_of_tables
 from trainer.log.schema import LogManifest
 from trainer.log.vocabulary import stream_values
 from trainer.quality.overlap import LEAST_OVERLAP, Overlap, too_small
@@ -150,7 +151,7 @@ def _write(
     """Everything of a version but its number, and how it compares to the trainer."""
     recorded, parity_requests = run.recorded(), options.parity_requests
     batches = (looked_up(batch, run.id_maps) for batch in run.compared(recorded, parity_requests))
-    of_tables = {**run.manifest.table_features, **run.manifest.table_context}
+    of_tables = {**features_of_tables(run.config.data, run.manifest), **run.manifest.table_context}
     parts = [name for name, info in of_tables.items() if info.field]
     found = rows_of_requests(batches, run.groups, run.config, parts)
     tables = {g.table_name(t): t.key for g in run.groups.values() for t in g.tables}
@@ -162,7 +163,7 @@ def _write(
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
     known = {**run.manifest.features, **run.manifest.context}
-    ids, vectors = draft.write_ids(run.id_maps, known), draft.write_vectors(run.vectors)
+    ids, vectors = draft.write_ids(run.id_maps, known), draft.write_vectors(run.vectors, known)
     trainer = PartialModel(run.config, run.manifest, ranks, dense, found, run.id_maps)
     if run.averages:
         _check_overlap(part, trainer, run, raw, [*run.compared(recorded, parity_requests)])
@@ -267,8 +268,12 @@ def _check_overlap(
 def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeature]:
     """What carries the features of a batch, as the log has it."""
     inputs = {}
+    of_log = manifest.table_features
     for key in batch.features.keys():  # noqa: SIM118 - no dict
-        name = manifest.table_features[key].field or key
+        if key not in of_log:
+            # A similarity, which nobody sends along.
+            continue
+        name = of_log[key].field or key
         info = manifest.features[name]
         inputs[name] = InputFeature(side=info.side, multi=info.multi, encoder=info.encoder)
     for key in () if batch.context is None else batch.context.keys():

@@ -47,6 +47,7 @@ from trainer.data.batch import pinning
 from trainer.data.living_ids import Finder, looking_up
 from trainer.data.observed import unobserved_lines
 from trainer.data.reader import SequenceLogReader, Step
+from trainer.data.similarity.encoding import similarity_features
 from trainer.data.stream.source import SPLIT
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
@@ -165,7 +166,8 @@ class Start:
 
             def filled(tensors: dict[str, Any]) -> None:
                 # Ranks read different rows of large files, some for longer than a collective waits.
-                given = source, log, self.manifest, heads, carry, self.config.id_rules
+                more = similarity_features(self.config.data)
+                given = source, log, self.manifest, heads, carry, self.config.id_rules, more
                 every = from_every_rank(lambda: fill(tensors, *given), slow=True)
                 lines.extend(every[0])
 

@@ -48,6 +48,7 @@ from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.sample import Sample
+from trainer.data.similarity.encoding import similarity_features
 from trainer.data.similarity.loading import open_similarities
 from trainer.data.similarity.similarity import keys_of
 from trainer.data.similarity.vectors import Vectors
@@ -380,7 +381,8 @@ def _columns(
                 f"the log has {', '.join(manifest.features)}"
             )
     if rows is not None:
-        known = {**manifest.features, **manifest.context}
+        added, known = similarity_features(config), {**manifest.features, **manifest.context}
+        rows = {name: count for name, count in rows.items() if name not in added}
         wanted += [name for name in keys_of(config) if name in known]
         rows = {**{name: known[name].bound for name in wanted}, **rows}
         # The log's order of features, whatever the config's: a batch's keys do not depend on it.

@@ -14,7 +14,7 @@ from trainer.config.phases import DENSE, GROUP, TABLES
 from trainer.config.similarity import without_effect
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import Settings
-from trainer.data.similarity.encoding import parts_by_similarity
+from trainer.data.similarity.encoding import features_of_tables, parts_by_similarity
 from trainer.data.stream.source import SPLIT
 from trainer.log.schema import LogManifest
 from trainer.model.settings import AUXILIARY_KEYS, CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
@@ -38,7 +38,7 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
     if left := [f"tables.{name}" for name in config.tables if name not in used]:
         lines.append(f"no effect: {', '.join(left)}; no group has a table of that feature")
     # A number is used where any part of it is.
-    known = {**manifest.table_features, **manifest.table_context}
+    known = {**features_of_tables(config.data, manifest), **manifest.table_context}
     read |= {known[name].field for name in used}
     if left := [name for name in manifest.context if name not in read]:
         names = ", ".join(f'"{name}"' for name in left)
@@ -86,6 +86,7 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
 
 def _one_sided(config: Config, manifest: LogManifest) -> list[str]:
     """Features of a group whose tables are only looked up for those who do not have them."""
+    known = {**features_of_tables(config.data, manifest), **manifest.features}
     needs: dict[str, set[str]] = {}
     for branch in config.model.all_branches().values():
         for role, group in branch.roles.model_dump().items():
@@ -96,8 +97,7 @@ def _one_sided(config: Config, manifest: LogManifest) -> list[str]:
         f"{feature} in groups.{name}"
         for name, sides in needs.items()
         for feature in config.groups[name].features or manifest.features
-        if (info := {**manifest.table_features, **manifest.features}.get(feature)) is not None
-        and sides == {_OTHER.get(info.side)}
+        if feature in known and sides == {_OTHER.get(known[feature].side)}
     ]
 
 

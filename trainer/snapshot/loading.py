@@ -133,6 +133,11 @@ class Snapshot:
                 mine, theirs = ("dense", "raw") if entry.raw else ("raw", "dense")
                 problem = f"its ids of {feature!r} are {mine}, and those that the snapshot was trained with"
                 raise DataError(f"{problem} are {theirs}; ingest both alike", file=log)
+        for name, described in self.manifest.vectors.items():
+            key = self.manifest.config.data.vectors[name].key
+            if key in known and known[key].raw != described.raw:
+                problem = f"its ids of {key!r} are others than those that the snapshot has vectors of"
+                raise DataError(f"{problem}: raw on one side only; ingest both alike", file=log)
         for feature, expected in self.manifest.vocabularies.items():
             if feature not in known:
                 raise DataError(f"lacks the feature {feature!r} that the snapshot needs", file=log)

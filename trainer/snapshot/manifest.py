@@ -15,9 +15,11 @@ from embeddings.groups import TableName
 from embeddings.ids.rules import part_name
 from embeddings.lookup.stored import Dtype, row_bytes
 from trainer.config.mistakes import problems_of, with_unique_keys, words_of
+from trainer.config.similarity import USER
 from trainer.config.tables import GroupName
 from trainer.config.toml import Settings
-from trainer.data.similarity.similarity import vectors_used
+from trainer.data.similarity.encoding import similarity_features
+from trainer.data.similarity.similarity import keys_of, vectors_used
 from trainer.log.encoders.table import AnyEncoder
 from trainer.run_config import Config
 from trainer.sealed_folder import DIGEST, MANIFEST, Seal, raise_of_store
@@ -240,13 +242,15 @@ class SnapshotManifest(Settings):
 
     @property
     def table_inputs(self) -> dict[str, InputFeature]:
-        """`inputs` as the recorded requests have them: a number becomes its encoder's parts."""
+        """`inputs` as recorded requests have them: similarities too, and numbers as their encoders' parts."""
         found = {}
         for name, given in self.inputs.items():
             most = {name: 1} if given.encoder is None else given.encoder.most_ids(name)
             for part, ids in most.items():
                 many = given.multi if given.encoder is None else ids > 1
                 found[part] = InputFeature(side=given.side, multi=many)
+        for part, info in similarity_features(self.config.data).items():
+            found[part] = InputFeature(side="candidate", multi=info.multi)
         return found
 
     def matrices(self) -> Iterator[tuple[str, str, StoredRows]]:
@@ -279,7 +283,9 @@ def names_of_inputs(recorded: Sequence[str], inputs: Mapping[str, InputFeature])
     """The inputs that recorded features are of, in that order."""
     numbers = {name: given.encoder for name, given in inputs.items() if given.encoder is not None}
     of_part = {part: name for name, encoder in numbers.items() for part in encoder.parts(name)}
-    return tuple(dict.fromkeys(of_part.get(name, name) for name in recorded))
+    found = dict.fromkeys(of_part.get(name, name) for name in recorded)
+    # A similarity is none of them.
+    return tuple(name for name in found if name in inputs)
 
 
 def table_stem(group: str, place: int) -> str:
@@ -346,6 +352,8 @@ def _problem(manifest: SnapshotManifest) -> str:
     }
     first = next((problem for problem, there in problems.items() if there), "")
     found = first or _problem_of_ids(manifest) or _problem_of_search(manifest) or _problem_of_files(manifest)
+    if other := set(keys_of(manifest.config.data)) - {*manifest.inputs, USER}:
+        found = found or f"its vectors are of {other.pop()}, which its requests do not have"
     compared, sizes = vectors_used(manifest.config.data), {each.path: each.bytes for each in manifest.files}
     return found or problem_of_vectors(manifest.vectors, compared, sizes, base is not None)
 
@@ -365,13 +373,11 @@ def _has_other_rows(manifest: SnapshotManifest) -> bool:
 
 
 def _has_other_parts(manifest: SnapshotManifest) -> bool:
-    """Whether the table of an encoded number has other rows than the encoder has ids."""
-    return any(
-        manifest.features.get(part, rows) != rows
-        for name, given in manifest.inputs.items()
-        if given.encoder is not None
-        for part, rows in given.encoder.parts(name).items()
-    )
+    """Whether the table of an encoded number or of a similarity has other rows than the encoder has ids."""
+    rows = {part: info.rows for part, info in similarity_features(manifest.config.data).items()}
+    for name, given in manifest.inputs.items():
+        rows |= {} if given.encoder is None else given.encoder.parts(name)
+    return any(manifest.features.get(part, count) != count for part, count in rows.items())
 
 
 def _problem_of_ids(manifest: SnapshotManifest) -> str:
