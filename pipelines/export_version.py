@@ -166,7 +166,7 @@ def _write(
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
     known = {**run.manifest.features, **run.manifest.context}
-    ids = draft.write_ids(run.id_maps, known)
+    ids, vectors = draft.write_ids(run.id_maps, known), draft.write_vectors(run.vectors)
     trainer = PartialModel(run.config, run.manifest, ranks, dense, found, run.id_maps)
     if run.averages:
         _check_overlap(part, trainer, run, raw, [*run.compared(recorded, parity_requests)])
@@ -187,6 +187,7 @@ def _write(
         numeric=tuple(run.manifest.numeric),
         features=rows | {name: each.rules.rows for name, each in run.id_maps.items() if name in rows},
         ids=ids,
+        vectors=vectors,
         inputs=inputs,
         recorded_features=tuple(recorded.features.keys()),
         recorded_context=() if recorded.context is None else tuple(recorded.context.keys()),

@@ -157,7 +157,7 @@ def open_requests(loaded: Snapshot, log: Path, split: str) -> tuple[SequenceLogR
     if data.domain and data.domain not in {*described.features, *manifest.features, *manifest.context}:
         remarks.append(f"the log has no feature {data.domain}: the scores have no domain")
         data = data.model_copy(update={"domain": ""})
-    return SequenceLogReader(data, split, loaded.id_bounds(), tasks=tasks), remarks
+    return SequenceLogReader(data, split, loaded.id_bounds(), tasks=tasks, vectors=loaded.vectors), remarks
 
 
 def write_named_scores(

@@ -19,6 +19,7 @@ from embeddings.ids.frozen import FrozenIds
 from pipelines.export_source import check_tables
 from trainer.assemble import id_bounds, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
+from trainer.checkpoint.accumulators import updated
 from trainer.checkpoint.id_files import frozen_ids
 from trainer.checkpoint.tensors import TensorReader
 from trainer.config.tasks import Task, resolve_tasks
@@ -31,6 +32,9 @@ from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 from trainer.snapshot.partial_model import PartialModel, rows_of_requests
 from trainer.snapshot.writing import Source
+
+# Of a table that are read at once.
+_BAND_BYTES = 8 << 20
 
 
 class NamedTable(NamedTuple):
@@ -81,6 +85,16 @@ class AnalysedRun:
         for name, group in self.groups.items():
             for spec in group.tables:
                 yield NamedTable(name, spec, self.tensors.table(name, group.table_name(spec)))
+
+    def bands(self, table: NamedTable) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """A table from its first row to its last, some megabytes at a time.
+
+        Returns:
+            The first row, the rows [n, dim] as they are saved, and which of them ever had a gradient (bool
+            [n]; None where the optimizer keeps no state that could tell).
+        """
+        for first, rows in self.tensors.bands(table.tensor, _BAND_BYTES):
+            yield first, rows, updated(self.tensors, table.tensor, first, first + len(rows))
 
     def reader(self, split: str, limit: int = 0, candidates: int | None = None) -> SequenceLogReader:
         """Reads a split in stored order; ids that come and go are those of the log.

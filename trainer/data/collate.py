@@ -6,7 +6,7 @@ field, all ids by a single one, so that every value is copied once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ from trainer.data.clusters import ClusteredBlock, join_clusters
 from trainer.data.hard_search import hierarchical_search
 from trainer.data.row_group import FeatureIds, Floats
 from trainer.data.rows import Columns, UserRows
-from trainer.log.bags import Chosen, Ids, Ints, offsets_of
+from trainer.data.similarity.similarity import BlockIds, Similarity
+from trainer.log.bags import Bags, Chosen, Ids, Ints, offsets_of
 
 _DAY = 86_400.0
 
@@ -99,7 +100,8 @@ def collate(
         _Side([r.history for r in rows], past.chosen, int(past.offsets[-1])),
         _Side([r.candidates for r in rows], candidates, total),
     ]
-    features, bags = _jagged(list(columns.features), sides)
+    similar = _similarities(stretches, columns)
+    features, bags = _jagged([*columns.features, *similar], sides, similar)
     labels = _tensor([r.labels[at] for r, at in stretches.placed])
     task_weight = [r.task_weight[at] for r, at in stretches.placed if r.task_weight is not None]
     domain = [r.domain[at] for r, at in stretches.placed if r.domain is not None]
@@ -141,6 +143,38 @@ def collate(
             *label_counts(labels, counts),
         ),
     )
+
+
+def _similarities(stretches: _Stretches, columns: Columns) -> dict[str, Bags]:
+    """What similarities say of all candidates: of whole windows, whatever a search leaves of these."""
+    found: dict[str, Bags] = {}
+    requests = np.split(stretches.requests, np.cumsum(stretches.sizes)[:-1], axis=1)
+    for similarity in columns.similarities:
+        blocks = [
+            _keys_of_block(similarity, *block)
+            for block in zip(
+                *(stretches.rows, stretches.spans, stretches.of_requests, stretches.candidates, requests),
+                strict=True,
+            )
+        ]
+        found |= similarity.bags(blocks)
+    return found
+
+
+def _keys_of_block(
+    similarity: Similarity, rows: UserRows, span: slice, of_requests: slice, candidates: slice, requests: Ints
+) -> BlockIds:
+    """`requests`: [7, r] of `WindowedRows`."""
+    user, _, _, start, end, first, last = requests
+    behaviors: Ids | None = None
+    others: Ids | None = None
+    if similarity.of_behaviors:
+        behaviors = rows.history[similarity.to.name].values[span]
+    else:
+        of_users = similarity.to.side == "users"
+        others = user if of_users else rows.context[similarity.to.name].values[of_requests]
+    own = rows.candidates[similarity.of.name].values[candidates]
+    return BlockIds(behaviors, own, others, start - span.start, end - span.start, last - first)
 
 
 def _retrieval(past: _Histories) -> Retrieval | None:
@@ -245,11 +279,17 @@ class _Side(NamedTuple):
     total: int
 
 
-def _jagged(keys: list[str], sides: Sequence[_Side]) -> tuple[KeyedJaggedTensor, tuple[int, ...]]:
+def _jagged(
+    keys: list[str], sides: Sequence[_Side], ready: Mapping[str, Bags] | None = None
+) -> tuple[KeyedJaggedTensor, tuple[int, ...]]:
     """Key by key, all of one side, then all of the next; a side without the feature has empty bags.
 
     Also the most ids of a bag, of each key.
+
+    Args:
+        ready: key -> all bags of the last side, of features that no row group has.
     """
+    ready = ready or {}
     stride = sum(side.total for side in sides)
     single = []
     for features, chosen, _ in sides:
@@ -270,6 +310,10 @@ def _jagged(keys: list[str], sides: Sequence[_Side]) -> tuple[KeyedJaggedTensor,
                 values += [ids for ids, _ in bags]
                 sizes = np.concatenate([sizes for _, sizes in bags])
                 lengths[begin : begin + total] = sizes
+                longest = max(longest, int(sizes.max(initial=0)))
+            elif key in ready and features is sides[-1].features:
+                values.append(ready[key].values)
+                lengths[begin : begin + total] = sizes = ready[key].lengths
                 longest = max(longest, int(sizes.max(initial=0)))
             else:
                 lengths[begin : begin + total] = 0

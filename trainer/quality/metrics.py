@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embeddings.errors import DataError
-from trainer.quality.ranking import Floats, Ints, as_arrays, ranking_metrics
+from trainer.quality.ranking import Floats, Ints, as_arrays, half_width, ranking_metrics
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Metrics:
     Attributes:
         auc: area under the ROC curve, ties counted half; NaN with one class only.
         gauc: mean AUC of the requests that hold both classes, weighted by their candidates.
-        auc_ci, gauc_ci: half of their 95 % intervals; users are independent, their requests are not.
+        auc_ci, gauc_ci, logloss_ci, pcoc_ci: half of their 95 % intervals; users are independent, their
+            requests are not.
         gauc_user: the same as gauc over users instead of requests.
         hr_K, ndcg_K: hit rate and NDCG of the best K of a request, over requests with both classes.
         logloss: mean binary cross entropy in nats.
@@ -45,8 +46,10 @@ class Metrics:
     ndcg_5: float
     ndcg_10: float
     logloss: float
+    logloss_ci: float
     ne: float
     pcoc: float
+    pcoc_ci: float
     ece: float
     rate: float
     samples: int
@@ -82,7 +85,7 @@ def measure(
     """
     users = groups if users is None else users
     p, y = as_arrays(scores, labels, groups, users)
-    values: dict[str, Any] = {**ranking_metrics(p, y, groups, users), **calibration_metrics(p, y)}
+    values: dict[str, Any] = {**ranking_metrics(p, y, groups, users), **calibration_metrics(p, y, users)}
     requests = int(np.unique(groups).size)
     if weights is not None:
         weight = np.asarray(weights, dtype=np.float64)
@@ -90,18 +93,35 @@ def measure(
     return Metrics(**values, samples=int(y.size), positives=int((y >= 0.5).sum()), requests=requests)
 
 
-def calibration_metrics(scores: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
-    """Everything that needs probabilities, by the names of `Metrics`."""
+def calibration_metrics(scores: npt.ArrayLike, labels: npt.ArrayLike, users: Ints) -> dict[str, float]:
+    """Everything that needs probabilities, by the names of `Metrics`; `users`: [n], as for `measure`."""
     p, y = _probabilities(scores, labels)
     rate = float(y.mean()) if y.size else math.nan
-    loss = logloss(p, y)
+    each = candidate_losses(p, y)
+    clusters = np.unique(users, return_inverse=True)[1]
+    (loss, of_loss), (pcoc, of_pcoc) = ratio_influence(each, np.ones(y.size)), ratio_influence(p, y)
     return {
         "logloss": loss,
+        "logloss_ci": math.nan if math.isnan(loss) else half_width(of_loss, clusters),
         "ne": normalised_loss(loss, rate),
-        "pcoc": calibration(float(p.sum()), float(y.sum())),
+        "pcoc": pcoc,
+        "pcoc_ci": math.nan if math.isnan(pcoc) else half_width(of_pcoc, clusters),
         "ece": calibration_error(p, y),
         "rate": rate,
     }
+
+
+def ratio_influence(above: Floats, below: Floats) -> tuple[float, Floats]:
+    """-> (sum of `above` over that of `below`, what each candidate or user adds to its error [n]).
+
+    The second is that of `trainer.quality.ranking.auc_influence`, by linearisation: (a - r b) / sum of b. The
+    ratio is NaN where `below` adds up to nothing.
+    """
+    total = float(below.sum())
+    if not total > 0:
+        return math.nan, np.zeros(below.size)
+    ratio = float(above.sum()) / total
+    return ratio, (above - ratio * below) / total
 
 
 def calibration(predicted: float, observed: float) -> float:

@@ -21,6 +21,7 @@ from trainer.config.tasks import Task, named_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import unpack
 from trainer.data.living_ids import looked_up
+from trainer.data.similarity.vectors import Vectors
 from trainer.log.schema import ANY_ID, FeatureInfo
 from trainer.model.frame import Prediction, TwoStageModel
 from trainer.model.heads.last_layer import watched
@@ -42,6 +43,7 @@ from trainer.snapshot.manifest import (
 )
 from trainer.snapshot.rows import expect_like, read_tensors
 from trainer.snapshot.uncertainty import Judgement, Posterior, last_layer_obstacle, with_one
+from trainer.snapshot.vector_entries import FOLDER
 from trainer.storage import is_remote
 
 _MOST_RETRIES = 10
@@ -68,6 +70,7 @@ class Snapshot:
 
     Attributes:
         id_maps: of the features whose ids come and go, see `SnapshotManifest.ids`.
+        vectors: pre-trained ones by their names in the config, which whoever makes batches compares.
         posteriors: task -> that of its last map, in the order of the tasks; empty where the version has none.
     """
 
@@ -76,6 +79,7 @@ class Snapshot:
     model: TwoStageModel
     recorded: RecordedRequests
     id_maps: Mapping[str, LayeredIds] = field(default_factory=dict)
+    vectors: Mapping[str, Vectors] = field(default_factory=dict)
     posteriors: Mapping[str, Posterior] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -279,10 +283,13 @@ def _load(path: Path, known: Collection[Path]) -> Snapshot:
     chain = read_chain(path)
     manifest = chain.manifest
     matrices = {stem: name for stem, name, _ in manifest.matrices() if stem.startswith("tables/")}
-    layered = ("tables/", "search/", "ids/")
+    layered = ("tables/", "search/", "ids/", FOLDER)
     apart = [(path, e) for e in manifest.listed().values() if not e.path.startswith(layered)]
     of_maps = (file for name in manifest.ids for file in chain.id_files(name))
-    check_files([*apart, *of_maps, *(file for stem in matrices for file in chain.files(stem))], known)
+    of_vectors = (chain.vectors_file(name) for name in manifest.vectors)
+    check_files(
+        [*apart, *of_maps, *of_vectors, *(file for stem in matrices for file in chain.files(stem))], known
+    )
     named = tuple(manifest.config.tasks) or tuple(manifest.tasks)
     if tuple(manifest.tasks) != named:
         order = f"{', '.join(manifest.tasks)}, and its config has {', '.join(named)}"
@@ -305,8 +312,10 @@ def _load(path: Path, known: Collection[Path]) -> Snapshot:
     expect_like(path, DENSE, dense, model.state_dict())
     _fitted_to_config(path, lambda: model.load_state_dict(dense, assign=True))
     id_maps = {name: chain.id_map(name) for name in manifest.ids}
+    vectors = {name: chain.vectors(name) for name in manifest.vectors}
     posteriors = _posteriors(path, manifest, model)
-    return Snapshot(path, manifest, model.eval(), _recorded(path, manifest), id_maps, posteriors)
+    recorded = _recorded(path, manifest)
+    return Snapshot(path, manifest, model.eval(), recorded, id_maps, vectors, posteriors)
 
 
 def _posteriors(path: Path, manifest: SnapshotManifest, model: TwoStageModel) -> dict[str, Posterior]:

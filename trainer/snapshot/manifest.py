@@ -17,9 +17,11 @@ from embeddings.lookup.stored import Dtype, row_bytes
 from trainer.config.mistakes import problems_of, with_unique_keys, words_of
 from trainer.config.tables import GroupName
 from trainer.config.toml import Settings
+from trainer.data.similarity.similarity import vectors_used
 from trainer.run_config import Config
 from trainer.sealed_folder import DIGEST, MANIFEST, Seal, raise_of_store
 from trainer.snapshot.uncertainty import Uncertainty
+from trainer.snapshot.vector_entries import SnapshotVectors, own_paths, problem_of_vectors
 
 VERSION_NAME = re.compile(r"v\d{8}")
 LATEST = "LATEST"
@@ -205,6 +207,7 @@ class SnapshotManifest(Settings):
         vocabularies: feature -> digest of the values that its ids stand for; vocabulary_files: these values.
         ids: the map of each feature whose ids come and go, `<feature>@<group>` where a group has a capacity
             of its own. Software from before there were such features refuses a manifest that has it.
+        vectors: pre-trained ones, by their name in the config; the same holds for it.
         uncertainty: where the version can say how sure it is of a logit. Earlier software refuses that, too.
     """
 
@@ -227,6 +230,7 @@ class SnapshotManifest(Settings):
     groups: dict[GroupName, tuple[SnapshotTable, ...]]
     search: dict[GroupName, SearchPart]
     ids: dict[str, SnapshotIds] = Field(default_factory=dict, exclude_if=lambda ids: not ids)
+    vectors: dict[str, SnapshotVectors] = Field(default_factory=dict, exclude_if=lambda vectors: not vectors)
     uncertainty: Uncertainty | None = Field(None, exclude_if=lambda given: given is None)
     config: Config
     files: tuple[SnapshotFile, ...]
@@ -324,7 +328,9 @@ def _problem(manifest: SnapshotManifest) -> str:
         ),
     }
     first = next((problem for problem, there in problems.items() if there), "")
-    return first or _problem_of_ids(manifest) or _problem_of_search(manifest) or _problem_of_files(manifest)
+    found = first or _problem_of_ids(manifest) or _problem_of_search(manifest) or _problem_of_files(manifest)
+    compared, sizes = vectors_used(manifest.config.data), {each.path: each.bytes for each in manifest.files}
+    return found or problem_of_vectors(manifest.vectors, compared, sizes, base is not None)
 
 
 def _has_other_rows(manifest: SnapshotManifest) -> bool:
@@ -389,6 +395,7 @@ def _problem_of_files(manifest: SnapshotManifest) -> str:
             return f"its map of {name} is a delta, but there is no base"
         if path in listed and listed[path].bytes < ids.size:
             return f"{path} has more ids than its file has room for"
+    wanted |= own_paths(manifest.vectors)
     different = sorted(wanted ^ listed.keys())
     return f"{different[0]} is not listed, or should not be there" if different else ""
 

@@ -25,6 +25,7 @@ from embeddings.plan.memory import gigabytes
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import pack
+from trainer.data.similarity.vectors import Vectors
 from trainer.log.schema import FeatureInfo
 from trainer.run_config import Config
 from trainer.snapshot.chain import Chain
@@ -52,6 +53,8 @@ from trainer.snapshot.publishing import describe
 from trainer.snapshot.rows import RowSource, block_rows, write_changes, write_rows, write_touched
 from trainer.snapshot.search import Part, SearchKind, search_parts
 from trainer.snapshot.uncertainty import Posterior, Uncertainty
+from trainer.snapshot.vector_entries import SnapshotVectors, vectors_path
+from trainer.snapshot.vectors import write_vectors
 
 # Read of a checkpoint at once; and how much between two rows is read rather than leapt over. To begin anew
 # takes 0.6 ms, in which 1 to 2 MB are read.
@@ -183,6 +186,21 @@ class Draft:
             base = self.base.id_map(name) if self.base is not None and self._has_like(name, rules) else None
             found[name], file = write_ids(self.folder, ids_path(place), now, described, base)
             self.files[file.path] = file
+        return found
+
+    def write_vectors(self, vectors: Mapping[str, Vectors]) -> dict[str, SnapshotVectors]:
+        """All pre-trained vectors, for the manifest; those that the base has are left where they are."""
+        found = {}
+        for name, given in vectors.items():
+            described, entry = write_vectors(self.folder, name, given)
+            file = SnapshotFile(path=vectors_path(name), **entry)
+            if self.base is not None and name in self.base.manifest.vectors:
+                _, known = self.base.vectors_file(name)
+                if (known.bytes, known.sha256) == (file.bytes, file.sha256):
+                    (self.folder / file.path).unlink()
+                    found[name] = described.model_copy(update={"of_base": True})
+                    continue
+            self.files[file.path], found[name] = file, described
         return found
 
     def _has_like(self, name: str, rules: IdRules) -> bool:

@@ -83,7 +83,7 @@ def test_metrics_and_errors_are_those_of_candidates_in_memory(
     numbered = np.unique(user, return_inverse=True)[1]
     expected: dict[str, Any] = dict(ranking_metrics(score, label, group, user))
     if probable:
-        expected |= calibration_metrics(score, label)
+        expected |= calibration_metrics(score, label, user)
         whole = measure(score, label, group, user, weight).as_dict()
         assert ("pcoc_weighted" in whole) == weighted
         if weighted and (weight * label).any():
