@@ -100,3 +100,14 @@ def refuse_secrets_in(words: Sequence[str]) -> None:
             except ConfigError as error:
                 option = f"{before} " if before.startswith("-") else ""
                 raise ConfigError(f"{option}{error}") from None
+
+
+Uncertainty = Annotated[
+    bool, Option("--uncertainty", help="Add how sure the model is of a logit (Laplace, last layers).")
+]
+UncertaintyCandidates = Annotated[
+    int, Option(min=0, help="Training candidates that --uncertainty looks at, about; 0: all.")
+]
+PriorPrecision = Annotated[
+    float, Option(min=0, max=1e6, help="Of the weights, for --uncertainty; 0: the evidence chooses.")
+]

@@ -56,13 +56,16 @@ def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[
     """The model of one task beside its baselines, and by how much it leads the best of them."""
     k = shown_rank(metrics)
     names = ["gauc", "gauc_user", f"hr_{k}", *([f"ndcg_{k}"] if k > 1 else []), *_PROBABLE]
+    weighted = metrics.pcoc_weighted is not None
+    names += ["pcoc_weighted"] if weighted else []
     head = [task, "AUC", "GAUC", "user GAUC", f"HR@{k}", *([f"NDCG@{k}"] if k > 1 else [])]
     entries = {_MODEL: metrics.as_dict(), **{title(name, feature): row for name, row in table.items()}}
     rows = []
     for name, row in entries.items():
         others = (number(row[each]) if each in row else "-" for each in names)
         rows.append([name, _with_interval(row["auc"], row["auc_ci"]), *others])
-    lines = table_lines([*head, "logloss", "NE", "PCOC", "ECE"], rows)
+    titles = ["logloss", "NE", "PCOC", "ECE", *(["weighted PCOC"] if weighted else [])]
+    lines = table_lines([*head, *titles], rows)
     share = f"{metrics.positives:,} positive ({metrics.positives / max(metrics.samples, 1):.1%})"
     lines.append(
         f"{share} of {metrics.samples:,} labelled; GAUC, HR and NDCG over the {metrics.groups:,} requests "

@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "pipelines": (
         *("analyze", "online", "train", "profile"),
         *("evaluate", "quality_report"),
-        *("export", "export_version", "export_parity", "export_source"),
+        *("export", "export_version", "export_uncertainty", "export_parity", "export_source"),
         *("score", "serve", "unshard"),
         *("plan", "cluster", "windows", "ingest", "synth", "fetch", "doctor"),
         *("start", "task_lines", "console"),

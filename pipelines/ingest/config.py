@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticKnownError
 
+from pipelines.ingest.exposure_config import ExposureConfig
 from pipelines.ingest.protocols.protocol import RequestProtocol
 from pipelines.ingest.protocols.table import PROTOCOLS
 from pipelines.ingest.sections import (
@@ -80,7 +81,7 @@ class IngestConfig(Settings):
 
     @property
     def all_features(self) -> tuple[FeatureConfig, ...]:
-        """Every feature of the log: item, taxonomy, those of domains, then [[features]]."""
+        """Every feature of the log: item, taxonomy, those of domains, then [[features]] but raw numbers."""
         own = [FeatureConfig(name="item_id", column=self.events.item, ids=self.events.item_ids)]
         own += [
             FeatureConfig(name=name, column=column, ids=self.events.taxonomy_ids)
@@ -90,7 +91,15 @@ class IngestConfig(Settings):
             domain, *others = DOMAIN_FEATURES
             own += [FeatureConfig(name=domain)]
             own += [FeatureConfig(name=name, side="history") for name in others]
-        return (*own, *self.features)
+        raw = {entry.name for entry in self.features if entry.encoder and not entry.encoder.gives_ids}
+        return (*own, *(entry for entry in self.features if entry.name not in raw))
+
+    @property
+    def numbers(self) -> dict[str, str]:
+        """Number of candidates -> its column of the impressions table."""
+        found = {name: name for name in self.impressions.numeric}
+        raw = (entry for entry in self.features if entry.encoder and not entry.encoder.gives_ids)
+        return found | {entry.name: entry.source for entry in raw}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -101,6 +110,16 @@ class IngestConfig(Settings):
     def labels(self) -> dict[str, LabelConfig]:
         """What the impressions say of each label; a label that a protocol makes is always observed."""
         return dict(self.impressions.labels) if self.request_protocol.reads_impressions else {}
+
+    @property
+    def label_weights(self) -> tuple[str, ...]:
+        """The labels with a weight of their own in the log: given, or made of repeated exposures."""
+        return tuple(task for task, label in self.labels.items() if label.weight or self.exposure)
+
+    @property
+    def exposure(self) -> ExposureConfig | None:
+        """What repeated exposures weigh; None: nothing is made of them."""
+        return self.impressions.exposure if self.request_protocol.reads_impressions else None
 
     def context_of(self, table: Literal["events", "impressions", "users"]) -> dict[str, ContextConfig]:
         """context_* -> the context that comes from a table."""
@@ -120,8 +139,12 @@ class IngestConfig(Settings):
         names.update(TAKEN - {"item_id"})
         names.update(f"context_{entry.name}" for entry in self.context)
         names.update(f"label_{task}" for task in self.tasks)
-        names.update(f"weight_{task}" for task, label in self.labels.items() if label.weight)
+        names.update(f"weight_{task}" for task in self.label_weights)
         names.update(f"numeric_{name}" for name in self.impressions.numeric)
+        names.update(f"numeric_{name}" for name in self.numbers if name not in self.impressions.numeric)
+        for entry in (*self.all_features, *self.context):
+            parts = {} if entry.encoder is None else entry.encoder.parts(entry.name)
+            names.update(part for part in parts if part != entry.name)
         clash = [name for name, times in names.items() if times > 1]
         if clash:
             raise ValueError(

@@ -8,6 +8,13 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from trainer.config.places import PlaceSetting, PlaceText
+from trainer.config.similarity import (
+    SimilarityConfig,
+    SimilarityName,
+    VectorsConfig,
+    VectorsName,
+    problems_of_similarity,
+)
 from trainer.config.toml import Settings
 
 
@@ -94,10 +101,28 @@ class DataConfig(Settings):
     recent: int = Field(0, ge=0)
     """The number of newest behaviors of each request that are delivered besides what a hard search or
     clusters leave of its history."""
+    vectors: dict[VectorsName, VectorsConfig] = Field(default_factory=dict)
+    """Pre-trained vectors, see [data.vectors.<name>]."""
+    similarity: dict[SimilarityName, SimilarityConfig] = Field(default_factory=dict)
+    """Features that say how near the vectors of a candidate are to others, see [data.similarity.<name>]."""
+
+    @model_validator(mode="after")
+    def _check_similarities(self) -> DataConfig:
+        for problem in problems_of_similarity(self.vectors, self.similarity):
+            raise ValueError(problem)
+        return self
 
     @property
     def block_limit(self) -> int:
         return self.behaviors_per_block or 2 * self.history_length
+
+    def absolute(self) -> DataConfig:
+        """The same, with places that other folders can be entered from."""
+        vectors = {
+            name: each.model_copy(update={"file": each.file.absolute()})
+            for name, each in self.vectors.items()
+        }
+        return self.model_copy(update={"log": self.log.absolute(), "vectors": vectors})
 
 
 Decay = Literal["none", "linear", "cosine"]

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.quality.leads import Estimate
-from trainer.quality.metrics import Metrics, candidate_losses, normalised_loss, ratio_influence
+from trainer.quality.metrics import Metrics, calibration, candidate_losses, normalised_loss, ratio_influence
 from trainer.quality.ranking import RANKS, Floats, Ints, Ranked, as_arrays, half_width
 from trainer.quality.runs import RowFile
 
@@ -37,12 +37,14 @@ class Part(NamedTuple):
     Attributes:
         score, label: [n]; group: [n] the request of each, by whatever integers; user: [n], numbered from 0
             within the part.
+        weight: [n], of the loss; None where candidates have none.
     """
 
     score: npt.NDArray[Any]
     label: npt.NDArray[Any]
     group: Ints
     user: Ints
+    weight: npt.NDArray[Any] | None = None
 
 
 Parts = Callable[[], Iterator[Part]]
@@ -113,6 +115,8 @@ class _Sums:
         # Requests with both classes, those of them that HR counts, and users with both classes.
         self.groups = self.counted = self.users_with_both = 0
         self.label = self.negative = 0.0
+        # Of scores and labels, each times its weight; None without weights.
+        self.weighted: Floats | None = None
         self.gauc, self.gauc_user = np.zeros(2), np.zeros(2)
         self.at = {k: np.zeros(2) for k in RANKS}
 
@@ -142,6 +146,9 @@ class _Sums:
         if self._probable:
             each = candidate_losses(s, y)
             own += [np.bincount(part.user, each, users), np.bincount(part.user, s, users)]
+            if part.weight is not None:
+                total = np.stack([s, y]) @ part.weight.astype(np.float64)
+                self.weighted = total if self.weighted is None else self.weighted + total
         self._of_users.append(np.stack(own))
         self._cells += np.bincount(_cell(s), minlength=self._cells.size)
 
@@ -281,7 +288,7 @@ def _assessment(sums: _Sums, ranks: _Ranks, probable: bool) -> Assessment:
     )
     n = sums.candidates
     rate = sums.label / n if n else math.nan
-    calibration = {
+    found = {
         "logloss": loss,
         "logloss_ci": half_width(of_users["logloss"], users) if n else math.nan,
         "ne": normalised_loss(loss, rate),
@@ -290,7 +297,9 @@ def _assessment(sums: _Sums, ranks: _Ranks, probable: bool) -> Assessment:
         "ece": float(np.abs(ranks.gaps).sum()) / n if n else math.nan,
         "rate": rate,
     }
-    return Assessment(ranking, calibration, counts, of_users)
+    if sums.weighted is not None:
+        found["pcoc_weighted"] = calibration(float(sums.weighted[0]), float(sums.weighted[1]))
+    return Assessment(ranking, found, counts, of_users)
 
 
 def _mean(total: Floats) -> float:
