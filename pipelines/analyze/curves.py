@@ -164,8 +164,8 @@ def _problems(name: str, curves: RunCurves) -> Iterator[str]:
     if curves.repeated:
         points = "1 point is" if curves.repeated == 1 else f"{curves.repeated:,} points are"
         yield (
-            f"metrics.jsonl of {name}: {points} reported twice for one step, as by a run that went on from an "
-            "older checkpoint; the later ones are drawn"
+            f"metrics.jsonl of {name}: {points} reported twice for one step, as by a run that went on from "
+            "an older checkpoint; the later ones are drawn"
         )
     if curves.steps("train") < 0:
         yield f"{name} has no report of its training; one is written every train.log_every steps"
