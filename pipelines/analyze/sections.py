@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from embeddings.errors import ConfigError
-from pipelines.analyze import collapse, entanglement, gradients, search
+from pipelines.analyze import collapse, curves, entanglement, gradients, quality, search, tables
 from pipelines.analyze.options import AnalyzeOptions
 from pipelines.analyze.report.model import Section
 from pipelines.analyze.runs import AnalysedRun
@@ -17,6 +17,9 @@ SECTIONS: Mapping[str, Analyse] = {
     "entanglement": entanglement.analyse,
     "gradients": gradients.analyse,
     "search": search.analyse,
+    "tables": tables.analyse,
+    "quality": quality.analyse,
+    "curves": curves.analyse,
 }
 """By the names that `--what` takes, which are those of the sections."""
 

@@ -143,8 +143,9 @@ class ExposureCounts:
         weight, sums = _given(rows, "weight"), {}
         for task in self._labels:
             label, own = rows[f"label_{task}"], weight * _given(rows, f"weight_{task}")
-            sums[f"_negative_{task}"] = own.sum(where=label < 0.5)
-            sums[f"_positive_{task}"] = own.sum(where=label >= 0.5)
+            # A weight that all candidates have is no column, and has no sum of its own.
+            sums[f"_negative_{task}"] = ibis.ifelse(label < 0.5, own, _exact(0.0)).sum()
+            sums[f"_positive_{task}"] = ibis.ifelse(label >= 0.5, own, _exact(0.0)).sum()
         grouped = rows.group_by(["split", EXPOSURES]).aggregate(_rows=rows.count(), **sums)
         found = sorted(engine.rows(grouped), key=lambda row: (row["split"], row[EXPOSURES]))
         for row in found:

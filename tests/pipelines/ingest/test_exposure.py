@@ -149,22 +149,28 @@ def cells(log: Path) -> Counter[tuple[Any, ...]]:
     """User, request, item, weights and labels of each candidate."""
     found: Counter[tuple[Any, ...]] = Counter()
     for row in rows(log):
-        names = ("candidate_item_id", "label_click", "weight_click", "label_buy", "weight_buy", "weight")
+        names = ("candidate_item_id", "label_click", "weight_click", "label_buy", "weight_buy")
         for place, request in enumerate(row["request_id"]):
-            parts = zip(*(row[name][place] for name in names), strict=True)
+            ones = [1.0] * len(row["label_click"][place])
+            weights = row["weight"][place] if "weight" in row else ones
+            parts = zip(*(row[name][place] for name in names), weights, strict=True)
             found.update((row["user_id"], request, *part) for part in parts)
     return found
 
 
-@pytest.mark.parametrize(("feature", "buckets"), [("item_id", 3), ("slot", 1), ("kind", 1)])
-def test_a_log_has_the_weights_and_says_what_they_do(feature: str, buckets: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("feature", "buckets", "weighted"), [("item_id", 3, True), ("slot", 1, False), ("kind", 1, True)]
+)
+def test_a_log_has_the_weights_and_says_what_they_do(
+    feature: str, buckets: int, weighted: bool, tmp_path: Path
+) -> None:
     shown = [{**row, "kind": row["item_id"] % 3 + 1} for row in partly_known()]
     pq.write_table(pa.table({"item_id": range(1001, 1035), "kind": [n % 3 + 1 for n in range(1001, 1035)]}),
                    tmp_path / "items.parquet")  # fmt: skip
     exposure = {"feature": feature, "window_days": 3, "rule": "table", "weights": [1.0, 0.5, 0.25]}
     plan = config(
         "impressions",
-        impressions={"labels": PARTIAL, "exposure": exposure},
+        impressions={"labels": PARTIAL, "exposure": exposure, "weight": "importance" if weighted else ""},
         requests={"min_history": 0},
         features=[{"name": "slot", "side": "candidate"}, {"name": "kind"}],
         item_table={"files": [str(tmp_path / "items.parquet")]},
@@ -174,6 +180,7 @@ def test_a_log_has_the_weights_and_says_what_they_do(feature: str, buckets: int,
     source = write(tmp_path / "e.parquet", events())
     manifest = ingest(source, tmp_path / "log", plan, impressions=given_)
     assert manifest.label_weights == ["click", "buy"]
+    assert manifest.weighted == weighted
     rule, items = ExposureConfig(**exposure), ids_of_values(tmp_path / "log", "item_id")
     counts = [exposures(row, shown, feature, rule) for row in shown]
     expected = Counter(
@@ -185,7 +192,7 @@ def test_a_log_has_the_weights_and_says_what_they_do(feature: str, buckets: int,
             weight(n, row["click"], 1.0, rule),
             None if row["buy"] is None or math.isnan(row["buy"]) else row["buy"],
             weight(n, row["buy"], row["worth"] or 0.0, rule),
-            row["importance"],
+            row["importance"] if weighted else 1.0,
         )
         for row, n in zip(shown, counts, strict=True)
     )
