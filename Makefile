@@ -81,10 +81,6 @@ $(VENV)/.installed-dev: requirements/dev.txt requirements/docs.txt requirements/
 	$(PIP) --no-deps -r requirements/dev.txt
 	@touch $@
 
-$(VENV)/.installed-bench: requirements/bench.txt $(VENV)/.installed-$(DEVICE)
-	$(PIP) --no-deps -r requirements/bench.txt
-	@touch $@
-
 $(VENV)/.installed-docs: requirements/docs.txt $(VENV)/.installed-$(DEVICE)
 	$(PIP) --no-deps -r requirements/docs.txt
 	@touch $@
@@ -154,7 +150,7 @@ format: install-dev ## rewrite the code the way lint wants it
 	ruff check --fix $(FORMATTED)
 	ruff format $(FORMATTED)
 
-bench: $(VENV)/.installed-bench ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (a quarter of an hour)
+bench: install ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (a quarter of an hour)
 	python -m benchmarks.harness.refresh --log "$(LOG)"
 
 docs: $(VENV)/.installed-docs ## docs/config.md from the code, then the site of docs/ and the API, in runs/site

@@ -105,7 +105,7 @@ def open_run(
     for line in found.lines:
         print(line, flush=True)
     groups, reader = resolve_groups(config, manifest), TensorReader(path)
-    _check_tables(path, groups, reader)
+    check_tables(path, groups, reader)
     averages: dict[str, Tensor] = {}
     if weights == "averaged":
         averages = averaged_weights(reader, path, found.state)
@@ -123,7 +123,10 @@ def open_run(
     return TrainedRun(config, manifest, groups, reader, path, step, given, split, averages, id_maps, vectors)
 
 
-def _check_tables(path: Path, groups: Mapping[str, TableGroup], reader: TensorReader) -> None:
+def check_tables(path: Path, groups: Mapping[str, TableGroup], reader: TensorReader) -> None:
+    """Raises:
+    CheckpointError: a table has another shape than the log and the config say.
+    """
     for name, group in groups.items():
         for table in group.tables:
             shape = reader.shape(reader.table(name, group.table_name(table)))

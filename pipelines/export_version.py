@@ -18,6 +18,7 @@ from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import WIDTHS, Dtype
 from pipelines.export_parity import Parity, compare
 from pipelines.export_source import TrainedRun, open_run
+from pipelines.export_uncertainty import UncertaintyOptions, check_uncertainty, with_uncertainty
 from trainer.assemble import build_trainable, feature_rows
 from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.averages import Weights
@@ -66,6 +67,7 @@ class ExportOptions:
         search: for a retrieval service: `vectors` writes those that are projected; `none` names the tables
             whose rows are vectors as they are, and writes nothing.
         weights: the dense ones: those of the last step, or their average over its phase.
+        uncertainty: how posteriors of the last maps are made; None: there are none.
     """
 
     dtype: Dtype = "fp32"
@@ -78,6 +80,7 @@ class ExportOptions:
     which: str = ""
     search: SearchKind = "none"
     weights: Weights = "raw"
+    uncertainty: UncertaintyOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,12 @@ def publish_version(
     Raises:
         SnapshotError: the snapshot would not score like the trainer, or the search by averaged weights keeps
             other behaviors, or it cannot be written; then nothing of it stays. CheckpointError: the run has
-            no usable checkpoint, or no whole average. DataError: there is no request to compare.
+            no usable checkpoint, or no whole average. DataError: there is no request to compare, or no label
+            of which posteriors could be made. ConfigError: the model can have none.
     """
     opened = open_run(run, options.which, options.weights, requests)
+    if options.uncertainty is not None:
+        check_uncertainty(opened)
     if options.aoti:
         # Before the tables are written, which takes long where they are large.
         model, _ = build_trainable(opened.config.without_lanes(), opened.manifest, torch.device("meta"))
@@ -198,6 +204,8 @@ def _write(
         **facts,
     )
     snapshot = finish(draft, manifest, recorded, trainer.score(recorded))
+    if options.uncertainty is not None:
+        snapshot = with_uncertainty(snapshot, run, options.uncertainty)
     return snapshot.manifest, _check(snapshot, trainer, run, ranks, parity_requests)
 
 

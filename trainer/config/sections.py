@@ -212,6 +212,10 @@ class TrainConfig(Settings):
     overlap. The losses are the same in all of them."""
     log_every: PositiveInt = 10
     """The number of steps between two lines of metrics.jsonl."""
+    watch_gradients: int = Field(0, ge=0)
+    """Every how many steps the gradients of the tables are told apart by role, attention and representation.
+    Their norms and cosines are reported in metrics.jsonl, see docs/schedules.md. 0 means never. What is
+    trained is the same."""
     validate_every: int = Field(0, ge=0)
     """The number of steps between two validations. 0 means only one at the end."""
     validate_candidates: int = Field(500_000, ge=0)

@@ -30,6 +30,7 @@ from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch, Reading
 from trainer.model.windows import Selection
 from trainer.serving.checks import visible_behaviors
+from trainer.serving.exploration import Exploration, Sureness, sureness
 from trainer.serving.request import Needs, Request
 from trainer.serving.window_search import per_window
 from trainer.snapshot import Snapshot
@@ -38,6 +39,7 @@ from trainer.snapshot.manifest import InputFeature
 # A feature beside the others where an answer explains: each behavior's place in the request's history.
 _PLACE = "history place"
 MOST_EXPLAINED = 100
+Explorations = Sequence[Exploration | None]
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,14 @@ class Answer:
         explanations: branch -> one for each of the c candidates; empty unless asked for.
         history_used: behaviors that the model could see.
         unknown: place -> raw values there that stand for no id.
+        sureness: how sure the model is; None unless asked for.
     """
 
     probabilities: Floats
     explanations: Mapping[str, list[Explanation]]
     history_used: int = 0
     unknown: Mapping[str, int] = field(default_factory=dict)
+    sureness: Sureness | None = None
 
 
 class Seconds(NamedTuple):
@@ -141,8 +145,12 @@ class Scorer:
             blocks.append(Block((), r, r + 1, int(request.history.time.size), request.count, lazy))
         return collate(blocks, self.data, columns, int(rows.candidate_offsets[-1]))
 
-    def score(self, requests: Sequence[Request], explain: bool = False) -> tuple[list[Answer], Seconds]:
+    def score(
+        self, requests: Sequence[Request], explain: bool = False, explore: Explorations = ()
+    ) -> tuple[list[Answer], Seconds]:
         """One model call for all requests; each gets what it would get alone, to 1e-6.
+
+        `explore`: of each request, what is asked of how sure the model is; empty: nothing of any.
 
         The product of a matrix with more rows may round the last bit otherwise; nothing else differs.
         """
@@ -152,7 +160,8 @@ class Scorer:
         pooling = self.snapshot.model.pooling
         hook = pooling.register_forward_hook(lambda _, __, pooled: read.update(pooled.of_branch))
         try:
-            probabilities = self.snapshot.score(batch).numpy()
+            judged = self.snapshot.judge(batch) if any(explore) else None
+            scores = self.snapshot.score(batch) if judged is None else judged.mean.sigmoid()
         finally:
             hook.remove()
         ended = self.clock()
@@ -162,8 +171,8 @@ class Scorer:
             for name, each in read.items()
             if explain and each.weight_CHK is not None
         }
-        answers, begin = [], 0
-        for request in requests:
+        answers, begin, probabilities = [], 0, scores.numpy()
+        for request, asked in zip(requests, explore or [None] * len(requests), strict=True):
             own = slice(begin, begin + request.count)
             answers.append(
                 Answer(
@@ -171,6 +180,7 @@ class Scorer:
                     {name: explanations[own] for name, explanations in explained.items()},
                     visible_behaviors(request, self.needs),
                     request.unknown,
+                    None if judged is None or asked is None else sureness(judged, own, request, asked),
                 )
             )
             begin = own.stop

@@ -17,12 +17,14 @@ from trainer.data.similarity.encoding import similarity_features
 from trainer.log.encoders.table import AnyEncoder
 from trainer.run_config import Config
 from trainer.sealed_folder import Seal
+from trainer.snapshot.uncertainty import Uncertainty
 from trainer.snapshot.vector_entries import SnapshotVectors
 
 VERSION_NAME = re.compile(r"v\d{8}")
 LATEST = "LATEST"
 SEAL = Seal(SnapshotError, "take another copy")
 DENSE, RECORDED = "dense.safetensors", "recorded.safetensors"
+UNCERTAINTY = "uncertainty.safetensors"
 # Tensor of the recorded requests: probabilities by the snapshot itself, when it was exported.
 OWN = "own_scores"
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -205,6 +207,7 @@ class SnapshotManifest(Settings):
         ids: the map of each feature whose ids come and go, `<feature>@<group>` where a group has a capacity
             of its own. Software from before there were such features refuses a manifest that has it.
         vectors: pre-trained ones, by their name in the config; the same holds for it.
+        uncertainty: where the version can say how sure it is of a logit. Earlier software refuses that, too.
     """
 
     format: Literal["tandemrec.snapshot"] = "tandemrec.snapshot"
@@ -227,6 +230,7 @@ class SnapshotManifest(Settings):
     search: dict[GroupName, SearchPart]
     ids: dict[str, SnapshotIds] = Field(default_factory=dict, exclude_if=lambda ids: not ids)
     vectors: dict[str, SnapshotVectors] = Field(default_factory=dict, exclude_if=lambda vectors: not vectors)
+    uncertainty: Uncertainty | None = Field(None, exclude_if=lambda given: given is None)
     config: Config
     files: tuple[SnapshotFile, ...]
     code: tuple[CodeFile, ...] = ()

@@ -19,6 +19,7 @@ from trainer.snapshot.manifest import (
     DENSE,
     RECORDED,
     SEAL,
+    UNCERTAINTY,
     CodeFile,
     SnapshotManifest,
     VocabularyFile,
@@ -73,6 +74,9 @@ def _problem(manifest: SnapshotManifest) -> str:
         ),
         "its tables are not those of its encoders": _has_other_parts(manifest),
         "it builds on a version that is not older": base is not None and base.number >= manifest.number,
+        "its uncertainty is not that of its tasks": (
+            manifest.uncertainty is not None and tuple(manifest.uncertainty.tasks) != manifest.tasks
+        ),
         "its vocabularies are not those of its features": (
             len(set(described)) < len(described) or not all(map(manifest.vocabularies.get, described))
         ),
@@ -147,6 +151,7 @@ def _problem_of_files(manifest: SnapshotManifest) -> str:
     if len(listed) != len(manifest.files) + len(apart):
         return "lists a file twice"
     wanted = {DENSE, RECORDED, *(entry.path for entry in apart)}
+    wanted |= {UNCERTAINTY} if manifest.uncertainty else set()
     for stem, _, stored in manifest.matrices():
         wanted.add(f"{stem}.safetensors")
         if stored.changed is not None:

@@ -37,6 +37,7 @@ from trainer.snapshot.manifest import (
     OWN,
     RECORDED,
     SEAL,
+    UNCERTAINTY,
     SearchPart,
     SearchTable,
     SnapshotFile,
@@ -51,6 +52,7 @@ from trainer.snapshot.manifest import (
 from trainer.snapshot.publishing import describe
 from trainer.snapshot.rows import RowSource, block_rows, write_changes, write_rows, write_touched
 from trainer.snapshot.search import Part, SearchKind, search_parts
+from trainer.snapshot.uncertainty import Posterior, Uncertainty
 from trainer.snapshot.vector_entries import SnapshotVectors, vectors_path
 from trainer.snapshot.vectors import write_vectors
 
@@ -302,6 +304,21 @@ def finish(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, traine
     draft.write_recorded(*recorded)
     files[RECORDED] = describe(part, part / RECORDED)
     return replace(snapshot, manifest=sealed(files), recorded=recorded)
+
+
+def add_uncertainty(
+    snapshot: Snapshot, described: Uncertainty, posteriors: Mapping[str, Posterior]
+) -> Snapshot:
+    """The same draft with posteriors of its last maps, which it is sealed with."""
+    part, manifest = snapshot.path, snapshot.manifest
+    (part / UNCERTAINTY).write_bytes(save({task: each.root for task, each in posteriors.items()}))
+    files = {entry.path: entry for entry in manifest.files} | {
+        UNCERTAINTY: describe(part, part / UNCERTAINTY)
+    }
+    update = {"files": tuple(files[path] for path in sorted(files)), "uncertainty": described}
+    manifest = manifest.model_copy(update=update)
+    SEAL.write(part, manifest.model_dump_json(indent=1))
+    return replace(snapshot, manifest=manifest, posteriors=posteriors)
 
 
 def group_dtypes(config: Config, dtype: Dtype, attention: Dtype) -> dict[str, Dtype]:

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks.planted.recall import kept_places, measure, worth
+from benchmarks.planted.recall import worth
 from embeddings.errors import DataError
 from launch.cli import main
 from pipelines.synth import fields, orders, relevance, temporal
 from pipelines.synth.kinds import KINDS
 from pipelines.synth.log import Ints, PlantedLog
 from pipelines.synth.synth import TRUTH, synth
+from trainer.analysis.search.kept import kept_places, measure
 from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
