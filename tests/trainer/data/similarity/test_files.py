@@ -20,7 +20,7 @@ from trainer.data.similarity import vectors as vectors_module
 from trainer.data.similarity.directions import directions_of
 from trainer.data.similarity.files import VectorCounts, read_vectors
 from trainer.data.similarity.keys import Key
-from trainer.data.similarity.loading import load_vectors
+from trainer.data.similarity.loading import bytes_held, load_vectors
 from trainer.log.hashed_ids import hash_text
 from trainer.log.schema import FeatureInfo, LogManifest
 from trainer.log.vocabulary import spell
@@ -105,6 +105,8 @@ def test_a_folder_of_files_and_one_reading_for_all_readers(tmp_path: Path) -> No
     loaded = load_vectors(data, manifest)
     assert list(loaded) == ["content"] and loaded["content"].vectors.ids.tolist() == [1, 2, 3]
     assert load_vectors(data, manifest)["content"] is loaded["content"]
+    # Three vectors of six numbers, twice; a file says more of small pages.
+    assert 2 * 3 * (8 + 2 * 6) <= bytes_held(data) < 2000
     before = loaded["content"].digest
     write_parquet(tmp_path / "v" / "a.parquet", drawn_vectors(3, [3, 4, 5, 6]))
     again = load_vectors(data, manifest)["content"]
