@@ -37,8 +37,9 @@ def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: 
     manifest, loaded = read_manifest(log), load_fetched(snapshot)
     loaded.check_vocabularies({**manifest.features, **manifest.context}, log)
     feature = manifest.features.get(info.group_by)
-    if info.group_by and (feature is None or feature.multi or not feature.of_behaviors):
-        fit = [name for name, each in manifest.features.items() if each.of_behaviors and not each.multi]
+    if info.group_by and (feature is None or feature.multi or feature.encoder or not feature.of_behaviors):
+        features = manifest.features.items()
+        fit = [name for name, each in features if each.of_behaviors and not each.multi and not each.encoder]
         problem = f"has no single-valued feature {info.group_by!r} of behaviors to group by"
         raise DataError(f"{problem}; it has {', '.join(fit)}", file=log)
     clustered = manifest.model_copy(update={"clusters": info.model_copy(update={"source": loaded.digest()})})
@@ -64,7 +65,8 @@ def _clustered_rows(
     log: Path, manifest: LogManifest, files: SplitInfo, loaded: Snapshot, info: ClusterInfo, sizes: list[int]
 ) -> Iterator[pa.RecordBatch]:
     bounds = loaded.id_bounds()
-    columns = Columns.of(manifest, {n: bounds.get(n, f.bound) for n, f in manifest.features.items()})
+    ids = {name: info for name, info in manifest.features.items() if info.encoder is None}
+    columns = Columns.of(manifest, {name: bounds.get(name, info.bound) for name, info in ids.items()})
     for entry in files.files:
         footer = read_footer(log / entry.path)
         for group in range(footer.num_row_groups):

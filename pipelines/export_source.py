@@ -16,6 +16,7 @@ from trainer.assemble import id_bounds, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
 from trainer.checkpoint.id_files import frozen_ids
+from trainer.checkpoint.same_vectors import changed_vectors
 from trainer.checkpoint.tensors import TensorReader
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.data.batch import RequestBatch
@@ -115,7 +116,10 @@ def open_run(
     split, id_maps = _split_of(given, config.data.log), frozen_ids(path, config.id_rules)
     if split == "train":
         print("this log has no validation requests: scores are compared on training ones", flush=True)
-    vectors = given_vectors(load_vectors(config.data, manifest))
+    loaded = load_vectors(config.data, manifest)
+    for line in changed_vectors(found.state, loaded, path.name):
+        print(line, flush=True)
+    vectors = given_vectors(loaded)
     return TrainedRun(config, manifest, groups, reader, path, step, given, split, averages, id_maps, vectors)
 
 

@@ -25,6 +25,7 @@ from trainer.checkpoint.averages import Weights
 from trainer.config.tasks import names_of
 from trainer.data.batch import RequestBatch
 from trainer.data.living_ids import looked_up
+from trainer.data.similarity.encoding import features_of_tables
 from trainer.log.schema import LogManifest
 from trainer.log.vocabulary import stream_values
 from trainer.quality.overlap import LEAST_OVERLAP, Overlap, too_small
@@ -156,7 +157,9 @@ def _write(
     """Everything of a version but its number, and how it compares to the trainer."""
     recorded, parity_requests = run.recorded(), options.parity_requests
     batches = (looked_up(batch, run.id_maps) for batch in run.compared(recorded, parity_requests))
-    found = rows_of_requests(batches, run.groups, run.config)
+    of_tables = {**features_of_tables(run.config.data, run.manifest), **run.manifest.table_context}
+    parts = [name for name, info in of_tables.items() if info.field]
+    found = rows_of_requests(batches, run.groups, run.config, parts)
     tables = {g.table_name(t): t.key for g in run.groups.values() for t in g.tables}
     source = Source(run.config, run.groups, run.reader, _base_step(run, base))
     wanted = {table: found.ids[key] for table, key in tables.items()}
@@ -166,15 +169,15 @@ def _write(
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
     known = {**run.manifest.features, **run.manifest.context}
-    ids, vectors = draft.write_ids(run.id_maps, known), draft.write_vectors(run.vectors)
+    ids, vectors = draft.write_ids(run.id_maps, known), draft.write_vectors(run.vectors, known)
     trainer = PartialModel(run.config, run.manifest, ranks, dense, found, run.id_maps)
     if run.averages:
         _check_overlap(part, trainer, run, raw, [*run.compared(recorded, parity_requests)])
     bounds = BOUNDS[min(dtypes.values(), key=WIDTHS.index)]
     inputs = inputs_of(run.manifest, recorded)
     rows = feature_rows(run.groups)
-    # Of what the ids of the model's features stand for.
-    digests = {name: known[name].vocabulary for name in {**rows, **inputs}}
+    # Of what the ids of the model's features stand for; parts of numbers are no features of the log.
+    digests = {name: known[name].vocabulary for name in {**rows, **inputs} if name in known}
     manifest = SnapshotManifest(
         number=1 if base is None else base.manifest.number + 1,
         base=base and BaseVersion(number=base.manifest.number, sha256=file_digest(base.path / MANIFEST)),
@@ -273,10 +276,18 @@ def _check_overlap(
 def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeature]:
     """What carries the features of a batch, as the log has it."""
     inputs = {}
-    for name in batch.features.keys():  # noqa: SIM118 - no dict
-        inputs[name] = InputFeature(side=manifest.features[name].side, multi=manifest.features[name].multi)
-    for name in () if batch.context is None else batch.context.keys():
-        inputs[name] = InputFeature(side="context", multi=manifest.context[name].multi)
+    of_log = manifest.table_features
+    for key in batch.features.keys():  # noqa: SIM118 - no dict
+        if key not in of_log:
+            # A similarity, which nobody sends along.
+            continue
+        name = of_log[key].field or key
+        info = manifest.features[name]
+        inputs[name] = InputFeature(side=info.side, multi=info.multi, encoder=info.encoder)
+    for key in () if batch.context is None else batch.context.keys():
+        name = manifest.table_context[key].field or key
+        info = manifest.context[name]
+        inputs[name] = InputFeature(side="context", multi=info.multi, encoder=info.encoder)
     return inputs
 
 

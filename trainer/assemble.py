@@ -33,6 +33,7 @@ from trainer.config.places import place_of
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import flat_settings
 from trainer.data.domain import DomainColumn
+from trainer.data.similarity.encoding import features_of_tables
 from trainer.log.schema import ANY_ID, LogManifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.sizes import Dimensions
@@ -80,16 +81,17 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
         ConfigError: as `build_groups`; or a group of kind `sequence` has a feature whose bags need not hold
             exactly one id; or candidates cannot be grouped, or behaviors matched, by a branch's feature.
     """
-    items = {name: info.rows for name, info in manifest.features.items()}
-    contexts = {name: info.rows for name, info in manifest.context.items()}
+    of_items = features_of_tables(config.data, manifest)
+    items = {name: info.rows for name, info in of_items.items()}
+    contexts = {name: info.rows for name, info in manifest.table_context.items()}
+    features = {**of_items, **manifest.table_context}
+    config = with_parts(config, manifest)
     tasks = resolve_tasks(config.tasks, manifest.tasks)
     if config.data.domain:
         # Before a group or a gate misses it.
         DomainColumn.of(manifest, config.data.domain)
-    raw = {name: info.raw for name, info in {**manifest.features, **manifest.context}.items()}
-    check_features(config.ids, raw, config.groups)
+    check_features(config.ids, {name: info.raw for name, info in features.items()}, config.groups)
     groups = build_groups(config, items, contexts, tasks)
-    features = {**manifest.features, **manifest.context}
     for group in groups.values():
         for feature in group.features if group.kind == "sequence" else ():
             info = features[feature]
@@ -111,6 +113,31 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
     return groups
 
 
+def with_parts(config: Config, manifest: LogManifest) -> Config:
+    """The config with the features that tables have, where its groups name encoded numbers of the log.
+
+    Raises:
+        ConfigError: `tables` or `ids` names such a number, or a part of it: its encoder says its rows.
+    """
+    known = {**features_of_tables(config.data, manifest), **manifest.table_context}
+    parts: dict[str, list[str]] = {}
+    for part, info in known.items():
+        if info.field:
+            parts.setdefault(info.field, []).append(part)
+    for section in ("tables", "ids"):
+        for name in getattr(config, section):
+            if name in parts or (name in known and known[name].field):
+                raise ConfigError(f"{section}.{name}: it is a number, whose encoder says its rows")
+    groups = {}
+    for name, group in config.groups.items():
+        features = tuple(part for each in group.features for part in parts.get(each, [each]))
+        dim = group.dim
+        if isinstance(dim, dict):
+            dim = {part: each for key, each in dim.items() for part in parts.get(key, [key])}
+        groups[name] = group.model_copy(update={"features": features, "dim": dim})
+    return config.model_copy(update={"groups": groups})
+
+
 def _check_owner(branch: str, owner: str, tasks: Sequence[str]) -> None:
     if owner and owner not in tasks:
         where = f"{section_of(branch)}.attention_owner = {owner!r}"
@@ -120,9 +147,12 @@ def _check_owner(branch: str, owner: str, tasks: Sequence[str]) -> None:
 
 def _check_compared(where: str, feature: str, needs: str, single: bool, manifest: LogManifest) -> None:
     """`needs`: who must have the feature; `single`: with one id."""
-    info = manifest.features.get(feature)
+    info = manifest.table_features.get(feature)
+    if feature in manifest.features and (info is None or info.field):
+        problem = "it holds numbers, which are not compared like ids"
+        raise ConfigError(f"{where}: {problem}; name a feature of ids, or ingest it without an encoder")
     if info is None:
-        known = ", ".join(manifest.features)
+        known = ", ".join(manifest.table_features)
         raise ConfigError(f"{where}: the log's {needs} have no such feature; they have {known}")
     if not info.of_candidates or ("behaviors" in needs and not info.of_behaviors):
         raise ConfigError(

@@ -20,6 +20,7 @@ from trainer.data.blocks import LazyRows, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
 from trainer.data.row_group import read_footer
 from trainer.data.rows import read_plan
+from trainer.data.similarity.encoding import features_of_tables
 from trainer.data.stream.source import SPLIT
 from trainer.log.schema import LogManifest
 from trainer.model.settings import BranchConfig, ModelConfig
@@ -126,7 +127,8 @@ def lookups(
     Mirrors `TwoStageModel`: attention groups are looked up for all N + C; representation groups for those as
     well (`full`) or for the S kept behaviors and the candidates (`selected`), all sets and lanes of a group
     alike; a prior for candidates alone, unless it serves another role too; groups of the context for R
-    requests. Multi-valued features count as one id a bag.
+    requests. Multi-valued features of the log count as one id a bag; a part of an encoded number, as the
+    most ids that it can have, which is what all numbers have but for their sign.
 
     Args:
         lookup: `full` or `selected`, whatever `config.model.lookup` says; device: see `kept_behaviors`.
@@ -142,17 +144,18 @@ def lookups(
     early, late = (early | represent, set()) if lookup == "full" else (early, represent - early)
     kept = kept_behaviors(config.model, size, device)
     of_requests = [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
-    of_table = {}
+    of_table, infos, contexts = {}, features_of_tables(config.data, manifest), manifest.table_context
     for name, group in groups.items():
         for table in group.all_tables:
             feature = table.feature
-            if feature in manifest.context and name in of_requests:
-                of_table[group.table_name(table)] = Lookup(size.requests, size.requests)
+            if feature in contexts and name in of_requests:
+                ids = size.requests * contexts[feature].most_ids
+                of_table[group.table_name(table)] = Lookup(size.requests, ids)
                 continue
             behaviors = size.behaviors if name in early else kept if name in late else 0
-            info = manifest.features[feature]
-            ids = behaviors * info.of_behaviors + size.candidates * info.of_candidates
-            of_table[group.table_name(table)] = Lookup(behaviors + size.candidates, ids)
+            info = infos[feature]
+            bags = behaviors * info.of_behaviors + size.candidates * info.of_candidates
+            of_table[group.table_name(table)] = Lookup(behaviors + size.candidates, bags * info.most_ids)
     return of_table
 
 

@@ -17,8 +17,9 @@ from embeddings.errors import DataError
 from pipelines.ingest.files import RawFile
 from pipelines.ingest.sections import ColumnConfig, Unit
 from trainer.log.arrow import is_list, is_text
+from trainer.log.encoders.encoder import Encoder
 
-Kind = Literal["key", "time", "id", "ids", "text", "number"]
+Kind = Literal["key", "time", "id", "ids", "text", "number", "quantity"]
 Target = Literal["int64", "string", "float64", "array<int64>", "array<string>"]
 # Families of their own: a CSV cell may be anything, and a column of nulls takes the type of the others.
 CSV, NULL = "csv", "null"
@@ -32,6 +33,7 @@ _WANTED: dict[Kind, str] = {
     "ids": "a list of integers or of strings (or name a separator)",
     "text": "a string, since a separator is named",
     "number": "a number or a boolean",
+    "quantity": "a number, or text that spells one",
 }
 _ALLOWED: dict[Kind, set[str]] = {
     "key": {*_WHOLE, *_LOOSE, "text", "bool"},
@@ -40,6 +42,7 @@ _ALLOWED: dict[Kind, set[str]] = {
     "ids": {NULL, "list of int", "list of uint64", "list of text", "list of null", "list of bool"},
     "text": {*_LOOSE, "text"},
     "number": {*_WHOLE, *_LOOSE, "bool"},
+    "quantity": {*_WHOLE, *_LOOSE, "text", "bool"},
 }
 _SPELLED = {"int": "integers", "text": "text", "bool": "booleans", "float": "numbers", "decimal": "numbers"}
 _SPELLED |= {"uint64": "integers", "list of int": "lists of integers", "list of text": "lists of text"}
@@ -52,6 +55,7 @@ class ColumnNeed:
     Attributes:
         unit: of a time that is a number.
         separator: cuts text into a list of values; empty: the cell is taken as it is.
+        encoder: of a quantity, whose cells become codes.
     """
 
     key: str
@@ -59,10 +63,13 @@ class ColumnNeed:
     kind: Kind
     unit: Unit = "s"
     separator: str = ""
+    encoder: Encoder | None = None
 
     @staticmethod
     def of(section: str, entry: ColumnConfig) -> ColumnNeed:
         """The column of a feature or of a context."""
+        if entry.encoder is not None:
+            return ColumnNeed(f"{section}: {entry.name}", entry.source, "quantity", encoder=entry.encoder)
         kind: Kind = "id" if not entry.multi else ("text" if entry.separator else "ids")
         return ColumnNeed(f"{section}: {entry.name}", entry.source, kind, separator=entry.separator)
 
@@ -217,7 +224,7 @@ def _target(
     found = set(families)
     if need.kind == "number":
         return "float64"
-    if need.kind == "time":
+    if need.kind in ("time", "quantity"):
         return "int64"
     if need.kind == "text":
         return "string"

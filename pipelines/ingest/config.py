@@ -81,7 +81,7 @@ class IngestConfig(Settings):
 
     @property
     def all_features(self) -> tuple[FeatureConfig, ...]:
-        """Every feature of the log: item, taxonomy, those of domains, then [[features]]."""
+        """Every feature of the log: item, taxonomy, those of domains, then [[features]] but raw numbers."""
         own = [FeatureConfig(name="item_id", column=self.events.item, ids=self.events.item_ids)]
         own += [
             FeatureConfig(name=name, column=column, ids=self.events.taxonomy_ids)
@@ -91,7 +91,15 @@ class IngestConfig(Settings):
             domain, *others = DOMAIN_FEATURES
             own += [FeatureConfig(name=domain)]
             own += [FeatureConfig(name=name, side="history") for name in others]
-        return (*own, *self.features)
+        raw = {entry.name for entry in self.features if entry.encoder and not entry.encoder.gives_ids}
+        return (*own, *(entry for entry in self.features if entry.name not in raw))
+
+    @property
+    def numbers(self) -> dict[str, str]:
+        """Number of candidates -> its column of the impressions table."""
+        found = {name: name for name in self.impressions.numeric}
+        raw = (entry for entry in self.features if entry.encoder and not entry.encoder.gives_ids)
+        return found | {entry.name: entry.source for entry in raw}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -133,6 +141,10 @@ class IngestConfig(Settings):
         names.update(f"label_{task}" for task in self.tasks)
         names.update(f"weight_{task}" for task in self.label_weights)
         names.update(f"numeric_{name}" for name in self.impressions.numeric)
+        names.update(f"numeric_{name}" for name in self.numbers if name not in self.impressions.numeric)
+        for entry in (*self.all_features, *self.context):
+            parts = {} if entry.encoder is None else entry.encoder.parts(entry.name)
+            names.update(part for part in parts if part != entry.name)
         clash = [name for name, times in names.items() if times > 1]
         if clash:
             raise ValueError(

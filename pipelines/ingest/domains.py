@@ -15,6 +15,7 @@ from pipelines.ingest.events import check_values, roles
 from pipelines.ingest.files import find_files
 from pipelines.ingest.sections import ColumnConfig, DomainConfig
 from pipelines.ingest.sources import Survey, all_rows, columns_of, open_files
+from trainer.log.encoders.code import MISSING
 
 _SAME = ("user_id", "item_id", "action_id", "timestamp")
 
@@ -84,6 +85,10 @@ def _open_domain(engine: Engine, domain: DomainConfig, config: IngestConfig, sur
         kind = "array<string>" if multi else "string"
         return table.table[name].cast(kind) if name in wanted else ibis.null(kind)
 
+    def number(name: str) -> ir.Value:
+        """The codes of a column; missing where the domain lacks it."""
+        return table.table[name] if name in wanted else ibis.literal(MISSING, type="int64")
+
     prefix = ibis.literal(f"{domain.name}/")
     raw = table.table.select(
         user_id=table.table.user_id,
@@ -94,7 +99,8 @@ def _open_domain(engine: Engine, domain: DomainConfig, config: IngestConfig, sur
         scenario_id=prefix + text("scenario_id"),
         action_id=text("action_id"),
         _key=text("_key"),
-        **{name: text(name, entry.multi) for name, entry in entries.items()},
+        **{name: text(name, entry.multi) for name, entry in entries.items() if entry.encoder is None},
+        **{name: number(name) for name, entry in entries.items() if entry.encoder is not None},
     )
     check_values(engine, raw, table, ("user_id", "item_id", "timestamp"), config.csv.nulls)
     if not domain.mapping:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import ibis
 from ibis.expr import types as ir
@@ -62,7 +62,7 @@ def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, surv
     Raises:
         DataError: a file or a column is missing, of a wrong type, or holds impossible values.
     """
-    columns = config.impressions
+    columns, given = config.impressions, config.numbers
     present = columns_of(files, [columns.user, columns.item, columns.timestamp], config)
     entries = {
         entry.name: entry
@@ -70,7 +70,7 @@ def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, surv
         if entry.name != "item_id"
         and (entry.side == "candidate" or (entry.side == "both" and entry.source in present))
     }
-    numbers = _number_needs(columns)
+    numbers = _number_needs(columns, given)
     wanted = roles("impressions", columns) | numbers | needs_of("features", entries)
     wanted |= needs_of("context", config.context_of("impressions"))
     table = open_files(engine, files, wanted, config, survey)
@@ -87,7 +87,8 @@ def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, surv
         # In the spelling that items have in the merged events.
         values["item_id"] = ibis.literal(f"{columns.domain}/") + table.table.item_id.cast("string")
         for name, entry in entries.items():
-            values[name] = table.table[name].cast("array<string>" if entry.multi else "string")
+            if entry.encoder is None:
+                values[name] = table.table[name].cast("array<string>" if entry.multi else "string")
         values["domain_id"] = ibis.literal(columns.domain)
     raw = engine.keep(IMPRESSIONS, _with_requests(table.table.mutate(**values)))
     survey.loose[IMPRESSIONS] = table.loose
@@ -97,15 +98,16 @@ def open_impressions(engine: Engine, files: RawFiles, config: IngestConfig, surv
     return _with_labels(engine, raw, table, columns, list(numbers))
 
 
-def _number_needs(columns: ImpressionsConfig) -> dict[str, ColumnNeed]:
+def _number_needs(columns: ImpressionsConfig, numbers: Mapping[str, str]) -> dict[str, ColumnNeed]:
     """label_*, numeric_*, weight and weight_*."""
     labels = columns.labels
     needs = {
         f"label_{task}": ColumnNeed(f"impressions.labels: {task}", label.column, "number")
         for task, label in labels.items()
     }
-    for name in columns.numeric:
-        needs[f"numeric_{name}"] = ColumnNeed(f"impressions.numeric: {name}", name, "number")
+    for name, column in numbers.items():
+        key = "impressions.numeric" if name in columns.numeric else "features"
+        needs[f"numeric_{name}"] = ColumnNeed(f"{key}: {name}", column, "number")
     if columns.weight:
         needs["weight"] = ColumnNeed("impressions.weight", columns.weight, "number")
     return needs | {

@@ -29,6 +29,7 @@ _VALUE = re.compile(
 _OURS = re.compile(r"^(INTERNAL|FATAL|Parser|Syntax) Error|^\[INTERNAL_ERROR", re.IGNORECASE)
 _HINTS = {
     "number": "a number, true or false; mend the cell",
+    "quantity": "a number, true or false; mend the cell, or leave it empty",
     "label": "a number; for a label write 0 and 1, or true and false",
     "time": "unix seconds or ISO 8601 such as 2024-05-01T12:00:00Z; mend the cell, or convert the column",
     "id": "a whole number (a float is one up to 2^53); cast the column to text, or mend it",

@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ibis.expr import types as ir
 
@@ -29,6 +30,7 @@ from pipelines.ingest.events import EVENTS, IMPRESSIONS, RAW_TABLES, open_events
 from pipelines.ingest.exposure import check_feature
 from pipelines.ingest.files import Files, find_files
 from pipelines.ingest.names import NUMBERED, agree, with_numbers
+from pipelines.ingest.numbers import NumberColumns
 from pipelines.ingest.protocols.protocol import Tables
 from pipelines.ingest.remarks import Span, lone_predictors, remarks, unused_settings
 from pipelines.ingest.report import Counts, full_report, preview_lines, report_lines
@@ -42,10 +44,12 @@ from pipelines.ingest.vocabulary import (
     build,
     column_shapes,
     id_kinds,
+    older_encoders,
     older_vocabularies,
     without_vocabulary,
     write,
 )
+from trainer.log.encoders.code import MISSING
 from trainer.log.schema import FeatureInfo, LogManifest, schema_of
 from trainer.log.writer import check_target, staged, write_manifest, write_split
 from trainer.sealed_folder import remove_folder
@@ -73,7 +77,7 @@ class OpenTables:
 
 @dataclass(frozen=True)
 class EncodedTables:
-    """The tables of the protocols, and what the log says of their ids."""
+    """The tables of the protocols, and what the log says of their ids and of their numbers."""
 
     tables: Tables
     features: dict[str, FeatureInfo]
@@ -81,6 +85,7 @@ class EncodedTables:
     events: int
     buckets: int
     vocabularies: dict[str, Vocabulary]
+    numbers: Mapping[str, Mapping[str, Any]]
 
 
 def ingest(
@@ -206,7 +211,7 @@ def _write_log(
     manifest = LogManifest(
         features=encoded.features,
         context=encoded.context,
-        numeric=list(config.impressions.numeric) if shows else [],
+        numeric=list(config.numbers) if shows else [],
         weighted=shows and bool(config.impressions.weight),
         tasks=list(config.tasks),
         partial=[task for task, label in config.labels.items() if label.partial],
@@ -234,6 +239,8 @@ def _write_log(
     report = full_report(engine, Counts(encoded.tables, requests, splits, raw.duplicates, new, times), config)
     if raw_ids := {name: asdict(made.raw) for name, made in encoded.vocabularies.items() if made.raw}:
         report["raw_ids"] = raw_ids
+    if encoded.numbers:
+        report["numbers"] = dict(encoded.numbers)
     report |= remarks(engine, encoded.tables, encoded.buckets, config) | {
         "unused_settings": unused_settings(config),
         "predicts_alone": lone_predictors(engine, requests.offers, config),
@@ -255,9 +262,15 @@ def _encode(
     engine: Engine, raw: OpenTables, older: Mapping[str, OlderVocabulary], root: Path, config: IngestConfig
 ) -> EncodedTables:
     cutoff = config.split.validation_start if config.split else None
-    vocabularies, infos, multi, extend = {}, {}, {}, config.vocabulary.extend
-    id_kind = id_kinds(config)
-    for name, (multi[name], side) in column_shapes(config).items():
+    vocabularies, multi, extend = {}, {}, config.vocabulary.extend
+    id_kind, shapes = id_kinds(config), column_shapes(config)
+    sides = {name: side for name, (_, side) in shapes.items()}
+    numbers = NumberColumns.of(engine, raw.tables, sides, older_encoders(config), config)
+    infos = dict(numbers.infos)
+    for name, (several, side) in shapes.items():
+        if name in numbers.infos:
+            continue
+        multi[name] = several
         # The log says nothing of items that no event and no impression has.
         keys = RAW_TABLES if name == "item_id" else tuple(raw.tables)
         having = {key: table for key, table in raw.tables.items() if key in keys and name in table.columns}
@@ -283,7 +296,9 @@ def _encode(
     for name, table in raw.tables.items():
         coded = {column: multi[column] for column in table.columns if column in multi}
         beside = name not in RAW_TABLES
-        given = table.drop("timestamp") if beside else table
+        # An event whose item no table describes has no number.
+        known = {each: table[each].fill_null(MISSING) for each in numbers.infos if each in table.columns}
+        given = (table.mutate(**known) if known else table).drop(*(["timestamp"] if beside else []))
         last = with_ids_only if beside else finish
         encoded[name] = encode(engine, f"encoded_{name}", given, coded, words, last)
     for name in (*raw.tables, *NUMBERED, DESCRIBED):
@@ -293,4 +308,4 @@ def _encode(
     )
     features = {feature.name: infos[feature.name] for feature in config.all_features}
     context = {entry.name: infos[f"context_{entry.name}"] for entry in config.context}
-    return EncodedTables(tables, features, context, total, buckets, vocabularies)
+    return EncodedTables(tables, features, context, total, buckets, vocabularies, numbers.report)

@@ -21,6 +21,7 @@ from ibis.expr import types as ir
 
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine, count_rows
+from pipelines.ingest.numbers import encoders_of
 from pipelines.ingest.portable_hash import digest
 from pipelines.ingest.protocols.protocol import REQUEST, Tables
 from pipelines.ingest.protocols.table import PROTOCOLS
@@ -171,7 +172,7 @@ def remark_lines(manifest: LogManifest) -> list[str]:
     lines += [
         f"WARNING: {name} has no value in any row"
         for name, info in everything.items()
-        if info.rows == 1 and not info.raw
+        if info.rows == 1 and not info.raw and info.encoder is None
     ]
     return lines + _split_lines(manifest)
 
@@ -211,6 +212,9 @@ def lone_predictors(engine: Engine, offered: ir.Table, config: IngestConfig) -> 
     found = _columns(list(engine.stream(sample, 1024)), context, weights)
     if not found:
         return []
+    for name in found.keys() & encoders_of(config).keys():
+        # By their order, too; whatever is missing has one value of its own.
+        found[name] = found[name].astype(np.float64)
     fits = found.pop("_key") == 0
     labels = {task: found.pop(f"label_{task}") for task in config.tasks}
     has = {task: ~np.isnan(label) for task, label in labels.items()}

@@ -12,6 +12,7 @@ from typing import Any
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine, count_rows
 from pipelines.ingest.exposure import exposure_lines
+from pipelines.ingest.numbers import number_lines
 from pipelines.ingest.protocols.protocol import Tables
 from pipelines.ingest.remarks import Span, lone_lines, remark_lines
 from pipelines.ingest.requests import Requests
@@ -137,7 +138,10 @@ def _feature_lines(manifest: LogManifest) -> list[str]:
     raw = manifest.report.get("raw_ids", {})
     context = {f"context {name}": info for name, info in manifest.context.items()}
     lines = []
+    lines += number_lines(manifest.report.get("numbers", {}))
     for name, info in (manifest.features | context).items():
+        if info.encoder is not None:
+            continue
         if not info.raw:
             lines.append(f"{name}: {info.rows:,} table rows")
             continue

@@ -19,6 +19,7 @@ from pipelines.ingest.exposure_config import ExposureConfig
 from trainer.config.mistakes import NAME
 from trainer.config.places import PlaceText
 from trainer.config.toml import Settings
+from trainer.log.encoders.table import AnyEncoder
 from trainer.log.schema import Side
 from trainer.ranks.machine import memory_bytes
 
@@ -48,6 +49,10 @@ class ColumnConfig(Settings):
     """What ids are: `dense`, numbers from 1 on that stand for the values of a vocabulary; `raw`, the integers
     of the column themselves; `hashed`, 64-bit hashes of its text. Neither `raw` nor `hashed` needs a
     vocabulary, so that a new value needs no new log; a model needs `[ids.<feature>]` for them."""
+    encoder: AnyEncoder | None = None
+    """For a column of numbers whose order matters: how they become ids, see docs/encoders.md. `kind` is
+    `mnse` (digits in several bases), `buckets` (intervals) or `number` (the number itself, which only
+    candidates may have). Not set means that the column holds ids."""
 
     @property
     def source(self) -> str:
@@ -58,6 +63,13 @@ class ColumnConfig(Settings):
     def _separator_splits(self) -> Self:
         if self.separator and not self.multi:
             raise ValueError(f"{self.kind} {self.name}: separator needs multi = true")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_are_no_ids(self) -> Self:
+        if self.encoder is not None and (self.multi or self.ids != "dense"):
+            problem = "an encoder is for one number a row; leave multi and ids out"
+            raise ValueError(f"{self.kind} {self.name}: {problem}")
         return self
 
 
@@ -71,6 +83,16 @@ class FeatureConfig(ColumnConfig):
     it, both have it from there); `history`: it belongs to the event alone; `candidate`: to the impression
     alone."""
 
+    @model_validator(mode="after")
+    def _raw_numbers_are_of_candidates(self) -> Self:
+        raw = self.encoder is not None and not self.encoder.gives_ids
+        if raw and self.side != "candidate":
+            raise ValueError(
+                f'feature {self.name}: encoder "number" gives the head a number of each candidate, and '
+                'behaviors have no such input; set side = "candidate", or take "mnse" or "buckets"'
+            )
+        return self
+
 
 class ContextConfig(ColumnConfig):
     """A request's own id column."""
@@ -79,6 +101,15 @@ class ContextConfig(ColumnConfig):
     table: Literal["impressions", "events", "users"] = "impressions"
     """`impressions`; or `events`: the column says something about the user, and is taken from the newest
     event strictly before the request; or `users`: the user table."""
+
+    @model_validator(mode="after")
+    def _has_ids(self) -> Self:
+        if self.encoder is not None and not self.encoder.gives_ids:
+            raise ValueError(
+                f'context {self.name}: encoder "number" is for candidates alone, since requests have no '
+                'numbers; take "mnse" or "buckets"'
+            )
+        return self
 
 
 class RoleColumns(Settings):

@@ -20,6 +20,7 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.faults import bad_cell, cells, check_rows
 from pipelines.ingest.files import RawFile, RawFiles, look
+from pipelines.ingest.numbers import codes, numbers_in, odd_numbers
 from pipelines.ingest.values import convert, look_at, may_be_broken, of_text
 from trainer.log.schema import ColumnInfo
 
@@ -130,7 +131,9 @@ def open_files(
     loose = {
         name
         for name, (column, target, _) in zip(wanted, told, strict=True)
-        if target == "int64" and column.need.kind != "time" and set(column.families) <= {CSV, NULL}
+        if target == "int64"
+        and column.need.kind not in ("time", "quantity")
+        and set(column.families) <= {CSV, NULL}
     }
     named = dict(zip(wanted, columns, strict=True))
     return RawTable(table.select(**values), loose, found.label, files, named)
@@ -207,7 +210,12 @@ def _convert_part(part: _Part, columns: Sequence[Column], targets: Sequence[Targ
     values = {}
     for place, (column, target) in enumerate(zip(columns, targets, strict=True)):
         cell, family = part.cells[place], part.families[place]
-        values[f"c{place}"] = convert(cell, family, column.need.kind, target, column.need.unit)
+        need = column.need
+        values[f"c{place}"] = (
+            convert(cell, family, need.kind, target, need.unit)
+            if need.encoder is None
+            else codes(cell, family, need.encoder)
+        )
     return part.table.select(**values)
 
 
@@ -259,7 +267,12 @@ def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, i
             [may_be_broken(text) for text in texts], lambda left, right: left | right
         )
     for place, (column, cell, family) in enumerate(zip(columns, part.cells, part.families, strict=True)):
-        cells = look_at(cell, family, column.need.kind, column.target, column.need.unit)
+        need = column.need
+        cells = (
+            look_at(cell, family, need.kind, column.target, need.unit)
+            if need.encoder is None
+            else odd_numbers(cell, family)
+        )
         asked |= {f"{fact}{place}": value for fact, value in cells.items()}
     return asked
 
@@ -272,6 +285,8 @@ def _column_info(table: str, column: Column, target: Target, fact: Mapping[str, 
         note = (
             f"{fact['wide']:,} cells such as {fact['wide_least']!r} are no plain spelling of a 64-bit integer"
         )
+    if column.need.kind == "quantity":
+        read_as = "numbers"
     if column.need.kind == "time":
         read_as = "unix seconds"
         note = f"{fact['cut']:,} times lost a part of a second" if fact.get("cut") else ""
@@ -318,10 +333,11 @@ def _unused_columns(what: str, files: Sequence[RawFile], wanted: Sequence[Column
 def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Column], survey: Survey) -> None:
     """Counts the rows and the nulls, and finds the range of each column."""
     values: dict[str, ir.Value] = {"rows": table.count()}
-    for name in table.columns:
-        values |= {f"{name}_nulls": table[name].isnull().sum()}
-        if not table[name].type().is_array():
-            values |= {f"{name}_least": table[name].min(), f"{name}_most": table[name].max()}
+    for name, column in zip(table.columns, columns, strict=True):
+        cell = table[name] if column.need.encoder is None else numbers_in(table[name])
+        values |= {f"{name}_nulls": cell.isnull().sum()}
+        if not cell.type().is_array():
+            values |= {f"{name}_least": cell.min(), f"{name}_most": cell.max()}
     row = engine.rows(table.aggregate(**values))[0]
     survey.rows[what] = int(row["rows"])
     for place, column in enumerate(columns):

@@ -13,8 +13,8 @@ from pipelines.ingest.sections import Unit
 UNITS: dict[Unit, int] = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _INT64 = 2**63 - 1
 _EXACT = 2**53  # a float holds every integer up to here
-_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
-_NO_NUMBER = ["nan", "inf", "-inf", "+inf", "infinity", "-infinity"]
+NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+NO_NUMBER = ["nan", "inf", "-inf", "+inf", "infinity", "-infinity"]
 # In small letters: what pandas, Hive, R and people write for nothing.
 _NOTHING = ["null", "none", "nan", "na", "n/a", "<na>", "\\n", "nil", "(null)"]
 _DATE = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}"
@@ -48,7 +48,7 @@ def look_at(
         facts = _times(value, family, unit)
     elif kind == "number" and family == CSV:
         word = value.strip()
-        number = word.re_search(_NUMBER) | word.lower().isin(["true", "false", *_NO_NUMBER])
+        number = word.re_search(NUMBER) | word.lower().isin(["true", "false", *NO_NUMBER])
         number = ibis.ifelse(_is_integer(value), True, number)
         facts = {"bad": _where(value, value.notnull() & ~number)}
     elif kind in ("key", "id"):
@@ -65,7 +65,7 @@ def _ids(value: ir.Value, family: str, target: Target | None) -> dict[str, ir.Va
         return {"wide": _where(value, value > _INT64)}
     if family == "float":
         number = value.cast("float64")
-        parts = _floor(number).isnull() | (number != _floor(number)) | (number.abs() > _EXACT)
+        parts = whole_part(number).isnull() | (number != whole_part(number)) | (number.abs() > _EXACT)
         return {"bad": _where(value, value.notnull() & ~value.isnan() & parts)}
     if family == "decimal":
         beyond = (value > _INT64) | (value < -_INT64)
@@ -111,7 +111,7 @@ def _times(value: ir.Value, family: str, unit: Unit) -> dict[str, ir.Value | Non
     if family in ("float", "decimal"):
         parts = value.cast("float64") / size
         known = value.notnull() & ~parts.isnan()
-        bad, cut = known & _floor(parts).isnull(), known & (parts != _floor(parts))
+        bad, cut = known & whole_part(parts).isnull(), known & (parts != whole_part(parts))
         return {"bad": _where(value, bad), "cut": cut}
     if family == "time":
         is_number = value.type().is_integer()
@@ -119,15 +119,15 @@ def _times(value: ir.Value, family: str, unit: Unit) -> dict[str, ir.Value | Non
     if family not in (CSV, "text"):
         return {}
     word = value.strip()
-    number, moment = word.re_search(_NUMBER), word.re_search(_ISO)
+    number, moment = word.re_search(NUMBER), word.re_search(_ISO)
     # Plain integers are most of what there is, and the quickest to know.
     plain = _is_integer(value)
     parts = word.try_cast("float64") / size
-    fits = (number & _floor(parts).notnull()) | (moment & _moment(word).notnull())
+    fits = (number & whole_part(parts).notnull()) | (moment & _moment(word).notnull())
     whole = ibis.literal(False) if size == 1 else value.try_cast("int64") % size != 0
     cut = ibis.cases(
         (plain, whole),
-        (number, parts != _floor(parts)),
+        (number, parts != whole_part(parts)),
         (moment, word.re_search(r"[.,][0-9]*[1-9]")),
         else_=False,
     )
@@ -140,7 +140,7 @@ def _seconds(value: ir.Value, family: str, unit: Unit) -> ir.Value:
     if family in ("int", "uint64"):
         return _over(value.cast("int64"), size)
     if family in ("float", "decimal"):
-        return _floor(value.cast("float64") / size)
+        return whole_part(value.cast("float64") / size)
     if family == "time" and value.type().is_integer():
         # Spark gives nanoseconds as a number.
         return _over(value, UNITS["ns"])
@@ -150,13 +150,13 @@ def _seconds(value: ir.Value, family: str, unit: Unit) -> ir.Value:
         return value.cast("timestamp").epoch_seconds().cast("int64")
     word = value.strip()
     whole = word.try_cast("int64")
-    parts = _floor(word.try_cast("float64") / size)
+    parts = whole_part(word.try_cast("float64") / size)
     number = ibis.ifelse(word.re_search(r"^[+-]?[0-9]+$"), _over(whole, size), parts)
-    slow = ibis.ifelse(word.re_search(_NUMBER), number, _moment(word)).cast("int64")
+    slow = ibis.ifelse(word.re_search(NUMBER), number, _moment(word)).cast("int64")
     return ibis.ifelse(_is_integer(value), _over(value.try_cast("int64"), size), slow).cast("int64")
 
 
-def _floor(number: ir.Value) -> ir.Value:
+def whole_part(number: ir.Value) -> ir.Value:
     """A float without its parts as a 64-bit integer, null where none holds it.
 
     DuckDB computes whole dictionaries of a file, also entries that a condition leaves out, so that a cast

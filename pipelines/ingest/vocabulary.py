@@ -17,9 +17,12 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.downloads import downloads
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.files import look
+from pipelines.ingest.numbers import encoders_of
 from pipelines.ingest.portable_hash import text_id
 from pipelines.ingest.sections import IdKind
 from trainer.config.places import place_of
+from trainer.log.encoders.buckets import Buckets
+from trainer.log.encoders.table import AnyEncoder
 from trainer.log.hashed_ids import NOTHING
 from trainer.log.schema import FeatureInfo, Side, read_manifest
 from trainer.log.vocabulary import spell, stream_values
@@ -93,7 +96,7 @@ def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderV
     log = place_of("vocabulary.log", config.vocabulary.log)
     manifest = read_manifest(log)
     infos = manifest.features | {f"context_{name}": info for name, info in manifest.context.items()}
-    shapes, kinds = column_shapes(config), id_kinds(config)
+    shapes, kinds, encoders = column_shapes(config), id_kinds(config), encoders_of(config)
     remedy = "ingest with that log's columns, or without its vocabulary"
     for name in (*infos, *shapes):
         problem = ""
@@ -104,6 +107,8 @@ def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderV
         elif (infos[name].multi, infos[name].side) != shapes[name]:
             theirs, mine = _shape(infos[name].multi, infos[name].side), _shape(*shapes[name])
             problem = f"has {_called(name)} as {theirs}, this config as {mine}"
+        elif not _same_encoder(infos[name].encoder, encoders.get(name)):
+            problem = f"encodes {_called(name)} otherwise than this config"
         elif (theirs := _kind_of(infos[name])) != kinds[name]:
             problem = f"has {theirs} ids of {_called(name)}, this config {kinds[name]} ones"
         if problem:
@@ -112,8 +117,24 @@ def older_vocabularies(engine: Engine, config: IngestConfig) -> dict[str, OlderV
     return {
         name: _older(engine, downloads.local(log / "vocab" / f"{name}.parquet"), info)
         for name, info in infos.items()
-        if not info.raw
+        if not info.raw and info.encoder is None
     }
+
+
+def older_encoders(config: IngestConfig) -> dict[str, AnyEncoder]:
+    """Column of the raw tables -> the encoder of its numbers in the log of `config.vocabulary.log`."""
+    if not config.vocabulary.log:
+        return {}
+    manifest = read_manifest(place_of("vocabulary.log", config.vocabulary.log))
+    infos = manifest.features | {f"context_{name}": info for name, info in manifest.context.items()}
+    return {name: info.encoder for name, info in infos.items() if info.encoder is not None}
+
+
+def _same_encoder(older: AnyEncoder | None, now: AnyEncoder | None) -> bool:
+    """Whether they are the same; buckets by their count get the edges that the older log computed."""
+    if isinstance(older, Buckets) and isinstance(now, Buckets) and now.edges is None:
+        return older.step == now.step
+    return older == now
 
 
 def _kind_of(info: FeatureInfo) -> IdKind:

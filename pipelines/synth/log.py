@@ -153,6 +153,7 @@ class PlantedLog:
         splits: `train`, `validation`, `test`.
         raw: the features whose ids are any 64-bit integers; these have 1 row.
         facts: what else the manifest tells of the log.
+        vectors: [items + 1, dim], pre-trained vectors of the items by their ids; None: there are none.
     """
 
     features: Mapping[str, int]
@@ -160,6 +161,7 @@ class PlantedLog:
     splits: Mapping[str, PlantedSplit]
     raw: Set[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    vectors: Floats | None = None
 
     @property
     def tasks(self) -> list[str]:

@@ -22,9 +22,9 @@ from pipelines.synth.log import (
 )
 
 NUMBERS, ITEMS, BEHAVIORS, CANDIDATES = 16, 2_000, 4, 4
-PLAIN: Final = ("first", "second", "third", "fourth")
+PLAIN: Final = ("click", "buy", "share", "save")
 """The tasks whose logits the numbers alone decide."""
-OF_ITEMS: Final = "item"
+OF_ITEMS: Final = "like"
 """The task whose logit the candidate's item decides, too."""
 _BASE, _STRENGTH, _POWER = -0.5, 0.3, 1.1
 
@@ -45,7 +45,7 @@ def worth(seed: int, target: Mapping[str, Ints], seen: Behaviors) -> Floats:
 
     A candidate has 16 numbers x = sign(z) (exp |z| - 1), with z standard normal: a model that reads
     sign(x) log(1 + |x|) sees z itself. label ~ Bernoulli(sigmoid(-0.5 + w . z)), with a w for each task; the
-    task `item` adds the quality of the candidate's item. Item n of 2,000 is shown in proportion to n^-1.1, so
+    task `like` adds the quality of the candidate's item. Item n of 2,000 is shown in proportion to n^-1.1, so
     that most items are hardly ever seen in training.
     """
     del seed, target

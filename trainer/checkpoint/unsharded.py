@@ -45,6 +45,7 @@ from trainer.storage.fetched import cache_of, drop_old, fetch, shared_cache
 from trainer.storage.objects import copy_file, or_half_of_one
 
 _ROWS_AT_ONCE = 1 << 20
+ENCODED = "encoded: "
 SEAL = Seal(CheckpointError, "unshard again", names_file=True)
 
 
@@ -64,7 +65,7 @@ class PlainFile(Settings):
 
 
 class PlainManifest(Settings):
-    """What a folder of plain tables holds; `vocabularies` as in the log: feature -> digest, or empty.
+    """What a folder of plain tables holds; `vocabularies`: feature -> `Vocabulary.digest`.
 
     Version 2 says the tasks and may have tables of sets; 1 is still read. Version 3 has maps of ids.
     """
@@ -111,10 +112,19 @@ class PlainTables:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the rows of a feature's tables stand for: `info` as in a log, `file` of values and ids."""
+    """What the rows of a feature's tables stand for: `info` as in a log, `file` of values and ids.
+
+    `meaning` says it of a part of an encoded number, of which there is no file.
+    """
 
     info: FeatureInfo
     file: Path
+    meaning: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Equal where rows stand for the same; empty where nobody knows for what."""
+        return f"{ENCODED}{self.meaning}" if self.meaning else self.info.vocabulary
 
 
 # By the feature's name.
@@ -176,7 +186,7 @@ def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...
         step=state["step"],
         tables=tables,
         dense={name: tuple(tensor.shape) for name, tensor in dense.items()},
-        vocabularies={name: entry.info.vocabulary for name, entry in used.items()},
+        vocabularies={name: entry.digest for name, entry in used.items()},
         rows={name: entry.info.rows for name, entry in used.items()},
         config=state["config"],
         tasks=tasks,

@@ -116,6 +116,14 @@ class DataConfig(Settings):
     def block_limit(self) -> int:
         return self.behaviors_per_block or 2 * self.history_length
 
+    def absolute(self) -> DataConfig:
+        """The same, with places that other folders can be entered from."""
+        vectors = {
+            name: each.model_copy(update={"file": each.file.absolute()})
+            for name, each in self.vectors.items()
+        }
+        return self.model_copy(update={"log": self.log.absolute(), "vectors": vectors})
+
 
 Decay = Literal["none", "linear", "cosine"]
 

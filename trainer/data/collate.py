@@ -6,7 +6,7 @@ field, all ids by a single one, so that every value is copied once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ from trainer.data.row_group import FeatureIds, Floats
 from trainer.data.rows import Columns, UserRows
 from trainer.data.similarity.similarity import BlockIds, Similarity
 from trainer.log.bags import Bags, Chosen, Ids, Ints, offsets_of
+from trainer.log.encoders.encoder import Encoder
+from trainer.log.schema import FeatureInfo
 
 _DAY = 86_400.0
 
@@ -100,8 +102,7 @@ def collate(
         _Side([r.history for r in rows], past.chosen, int(past.offsets[-1])),
         _Side([r.candidates for r in rows], candidates, total),
     ]
-    similar = _similarities(stretches, columns)
-    features, bags = _jagged([*columns.features, *similar], sides, similar)
+    features, bags = _jagged(columns.features, sides, _similarities(stretches, columns))
     labels = _tensor([r.labels[at] for r, at in stretches.placed])
     task_weight = [r.task_weight[at] for r, at in stretches.placed if r.task_weight is not None]
     domain = [r.domain[at] for r, at in stretches.placed if r.domain is not None]
@@ -113,7 +114,7 @@ def collate(
     context = None
     if columns.context:
         requests = _Side([r.context for r in rows], stretches.of_requests, counts.size)
-        context, _ = _jagged(list(columns.context), [requests])
+        context, _ = _jagged(columns.context, [requests])
     return RequestBatch(
         features=features,
         behavior_time=_tensor([r.history_time[at] for r, at in zip(rows, past.chosen, strict=True)]),
@@ -278,50 +279,81 @@ class _Side(NamedTuple):
     chosen: Sequence[Chosen]
     total: int
 
+    def columns(self, names: Collection[str]) -> dict[str, _Bags]:
+        """The bags of each feature; of one that the side does not have, they are empty."""
+        first, found = self.features[0], dict.fromkeys(names, _Bags([], 0))
+        placed = list(zip(self.features, self.chosen, strict=True))
+        ids = np.concatenate([part.ids[:, at] for part, at in placed], axis=1)
+        found |= {name: _Bags([row], 1) for name, row in zip(first.single, ids, strict=True) if name in found}
+        for name in first.multi:
+            bags = [part.multi[name].select(at) for part, at in placed]
+            alone = all(part.multi[name].offsets is None for part in self.features)
+            lengths = 1 if alone else np.concatenate([sizes for _, sizes in bags])
+            if name in found:
+                found[name] = _Bags([values for values, _ in bags], lengths)
+        return found
+
+
+class _Bags(NamedTuple):
+    """Bags of one side: their ids, in pieces; how many ids each bag has, one number where it is the same."""
+
+    ids: Sequence[Ids]
+    lengths: Ints | int
+
+    def longest(self, total: int) -> int:
+        """Most ids of a bag, of `total` bags."""
+        return int(np.max(self.lengths)) if total else 0
+
+    def encoded(self, encoder: Encoder) -> dict[str, _Bags]:
+        """What an encoder makes of codes of numbers, by part; a bag without a code stays empty."""
+        codes = np.concatenate([np.zeros(0, np.int64), *self.ids], dtype=np.int64)
+        found = {}
+        for suffix, bags in encoder.encode(codes).items():
+            lengths: Ints | int = 1 if bags.offsets is None else bags.lengths
+            if not isinstance(self.lengths, int):
+                spread = self.lengths.copy()
+                spread[self.lengths > 0] = lengths
+                lengths = spread
+            found[suffix] = _Bags([bags.values], lengths if self.ids else 0)
+        return found
+
 
 def _jagged(
-    keys: list[str], sides: Sequence[_Side], ready: Mapping[str, Bags] | None = None
+    infos: Mapping[str, FeatureInfo], sides: Sequence[_Side], ready: Mapping[str, Bags] | None = None
 ) -> tuple[KeyedJaggedTensor, tuple[int, ...]]:
     """Key by key, all of one side, then all of the next; a side without the feature has empty bags.
 
-    Also the most ids of a bag, of each key.
+    The keys are the features that tables have: a number becomes the parts of its encoder, here and no sooner,
+    so that what is read ahead holds one integer a number. Also the most ids of a bag, of each key.
 
     Args:
-        ready: key -> all bags of the last side, of features that no row group has.
+        ready: bags of the last side, of features that no row group has.
     """
-    ready = ready or {}
+    columns, keyed = [side.columns(infos) for side in sides], dict[str, list[_Bags]]()
+    for name, info in infos.items():
+        of_sides = [each[name] for each in columns]
+        if info.encoder is None:
+            keyed[name] = of_sides
+            continue
+        for parts in [bags.encoded(info.encoder) for bags in of_sides]:
+            for suffix, bags in parts.items():
+                keyed.setdefault(f"{name}{suffix}", []).append(bags)
+    for name, given in (ready or {}).items():
+        lengths_of = 1 if given.offsets is None else given.lengths
+        keyed[name] = [*[_Bags([], 0)] * (len(sides) - 1), _Bags([given.values], lengths_of)]
     stride = sum(side.total for side in sides)
-    single = []
-    for features, chosen, _ in sides:
-        ids = np.concatenate([part.ids[:, at] for part, at in zip(features, chosen, strict=True)], axis=1)
-        single.append(dict(zip(features[0].single, ids, strict=True)))
-    values: list[Ids] = []
-    lengths = np.ones(len(keys) * stride, dtype=np.int32)
-    held, most = [], []
-    begin = 0
-    for key in keys:
-        before, longest = len(values), 0
-        for (features, chosen, total), ids_of in zip(sides, single, strict=True):
-            if key in ids_of:
-                values.append(ids_of[key])
-                longest = max(longest, min(total, 1))
-            elif key in features[0].multi:
-                bags = [part.multi[key].select(at) for part, at in zip(features, chosen, strict=True)]
-                values += [ids for ids, _ in bags]
-                sizes = np.concatenate([sizes for _, sizes in bags])
-                lengths[begin : begin + total] = sizes
-                longest = max(longest, int(sizes.max(initial=0)))
-            elif key in ready and features is sides[-1].features:
-                values.append(ready[key].values)
-                lengths[begin : begin + total] = sizes = ready[key].lengths
-                longest = max(longest, int(sizes.max(initial=0)))
-            else:
-                lengths[begin : begin + total] = 0
-            begin += total
+    lengths = np.ones(len(keyed) * stride, dtype=np.int32)
+    begin, held, most, values = 0, [], [], list[Ids]()
+    for of_sides in keyed.values():
+        before = len(values)
+        for bags, side in zip(of_sides, sides, strict=True):
+            values += bags.ids
+            lengths[begin : begin + side.total] = bags.lengths
+            begin += side.total
         held.append(sum(part.size for part in values[before:]))
-        most.append(longest)
+        most.append(max(bags.longest(side.total) for bags, side in zip(of_sides, sides, strict=True)))
     kjt = KeyedJaggedTensor(
-        keys=keys,
+        keys=list(keyed),
         values=torch.from_numpy(np.concatenate(values, dtype=np.int64)),
         lengths=torch.from_numpy(lengths),
         stride=stride,

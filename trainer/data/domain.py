@@ -44,6 +44,11 @@ class DomainColumn:
                 f"data.domain = {feature!r}: only behaviors have this feature; name one of candidates or of "
                 "requests"
             )
+        if info.encoder is not None:
+            raise ConfigError(
+                f"data.domain = {feature!r}: it holds numbers, and a domain is an id; ingest the column "
+                "without an encoder for that"
+            )
         if info.multi:
             raise ConfigError(
                 f"data.domain = {feature!r}: a candidate has any number of its ids, but is from one domain; "

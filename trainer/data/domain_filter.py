@@ -92,7 +92,10 @@ class _Kept:
 
 
 def _chosen(features: FeatureIds, at: Ints) -> FeatureIds:
-    multi = {name: Bags.of_lengths(*bags.select(at)) for name, bags in features.multi.items()}
+    multi = {}
+    for name, bags in features.multi.items():
+        values, lengths = bags.select(at)
+        multi[name] = Bags.of_lengths(values, None if bags.offsets is None else lengths)
     return FeatureIds(features.single, features.ids[:, at], multi)
 
 

@@ -48,6 +48,7 @@ from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.sample import Sample
+from trainer.data.similarity.encoding import similarity_features
 from trainer.data.similarity.loading import open_similarities
 from trainer.data.similarity.similarity import keys_of
 from trainer.data.similarity.vectors import Vectors
@@ -97,7 +98,7 @@ class SequenceLogReader:
     Args:
         config: windows, block and batch sizes.
         split: `train`, `validation` or `test`.
-        rows: feature -> embedding rows; ids outside raise DataError. None reads all features of the log.
+        rows: feature of tables -> their rows; ids outside raise DataError. None reads all of the log.
         tasks: of the run, whose labels are read; None means every label of the log.
         rank, world_size: this reader's share.
         seed: of the shuffle; None reads in stored order.
@@ -373,14 +374,15 @@ def _columns(
     for name in wanted:
         info = manifest.features.get(name)
         needed = "history" if name == search.domain and name not in search.levels else "both"
-        if info is None or info.multi or info.side not in ("both", needed):
+        if info is None or info.multi or info.encoder or info.side not in ("both", needed):
             raise ConfigError(
                 f"data.search names {name!r}, which must be a feature with one id a behavior"
                 f"{'' if needed == 'history' else ' and candidate'}; "
                 f"the log has {', '.join(manifest.features)}"
             )
     if rows is not None:
-        known = {**manifest.features, **manifest.context}
+        added, known = similarity_features(config), {**manifest.features, **manifest.context}
+        rows = {name: count for name, count in rows.items() if name not in added}
         wanted += [name for name in keys_of(config) if name in known]
         rows = {**{name: known[name].bound for name in wanted}, **rows}
         # The log's order of features, whatever the config's: a batch's keys do not depend on it.

@@ -35,7 +35,7 @@ class FeatureIds(Mapping[str, Bags]):
     Attributes:
         single: names of the features with one id each; ids: [single, n], one row each, so that a stretch of
             all of them is one slice.
-        multi: the other features.
+        multi: the other features, and numbers, whose codes are int64.
     """
 
     single: Sequence[str]
@@ -130,9 +130,9 @@ class GroupColumns:
         `owners` delimits the bags of each row (or request) for the error.
         """
         # Windows of row groups are kept in memory, and most of what they hold is ids.
-        small = all(info.bound <= 1 << 31 for info in infos.values())
+        small = all(info.bound <= 1 << 31 for info in infos.values() if info.encoder is None)
         kind = np.dtype(np.int32 if small else np.int64)
-        single = [name for name, info in infos.items() if not info.multi]
+        single = [name for name, info in infos.items() if not info.multi and info.encoder is None]
         ids = np.empty((len(single), int(owners[-1])), dtype=kind)
         multi = {}
         for name, info in infos.items():
@@ -142,6 +142,8 @@ class GroupColumns:
                 offsets, values = self.unnest(values, column)
                 checked = self.ids(values, column, info.bound, offsets[owners])
                 multi[name] = Bags(checked.astype(kind), offsets)
+            elif info.encoder is not None:
+                multi[name] = Bags(self.flat(values, column, np.int64))
             else:
                 ids[single.index(name)] = self.ids(values, column, info.bound, owners)
         return FeatureIds(single, ids, multi)

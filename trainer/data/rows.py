@@ -29,7 +29,8 @@ class Columns:
     """Which columns are read, and the table rows that ids must stay below.
 
     Attributes:
-        features, context: as in the log's manifest, with `rows` of the model's tables.
+        features, context: as in the log's manifest, with `rows` of the model's tables. An encoded number has
+            its own name here, whatever its parts.
         labels: of the tasks; numeric: names of numbers; weighted: whether candidates have a weight.
         chunk: behaviors of a chunk whose clusters are read; 0 = no clusters.
         domain: None = candidates have none. similarities: that candidates have besides.
@@ -54,7 +55,8 @@ class Columns:
         """The columns of a log.
 
         Args:
-            rows: the table rows of features the model uses, and only those are read; None means all.
+            rows: the table rows of features the model uses, and only those are read; None means all. A number
+                is read where the model uses any part of it.
             tasks: whose labels are read; None means all labels.
             domain: the feature that is a candidate's domain, read whether the model uses it or not.
 
@@ -62,15 +64,20 @@ class Columns:
             DataError: the model needs a feature that the log lacks.
             ConfigError: the domain is no single feature of candidates or requests.
         """
-        known = {**manifest.features, **manifest.context}
+        known = {**manifest.table_features, **manifest.table_context}
         lacking = sorted(set(rows or ()) - set(known))
         if lacking:
             raise DataError(f"the log has no feature {lacking[0]!r}; it has {', '.join(known)}")
+        numbers = {known[name].field for name in rows or () if known[name].field}
 
         def used(infos: Mapping[str, FeatureInfo]) -> dict[str, FeatureInfo]:
             if rows is None:
                 return dict(infos)
-            return {n: info.model_copy(update={"rows": rows[n]}) for n, info in infos.items() if n in rows}
+            return {
+                name: info if info.encoder else info.model_copy(update={"rows": rows[name]})
+                for name, info in infos.items()
+                if name in numbers or (name in rows and not info.encoder)
+            }
 
         column = DomainColumn.of(manifest, domain) if domain else None
         if column is not None and rows is not None and domain in rows:

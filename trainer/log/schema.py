@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import glob
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -23,6 +24,7 @@ from embeddings.errors import ConfigError, DataError
 from trainer.config.mistakes import problems_of, words_of
 from trainer.config.toml import Settings
 from trainer.log.clusters import ClusterInfo
+from trainer.log.encoders.table import AnyEncoder
 from trainer.log.names import FileName, path_problem
 from trainer.sealed_folder import DIGEST, MANIFEST, Seal
 from trainer.storage import is_remote
@@ -39,10 +41,11 @@ REQUEST_COLUMNS = ("id", "timestamp", "history_end", "num_candidates")
 
 
 class FeatureInfo(Settings):
-    """An id feature."""
+    """A feature of ids, or of numbers that an encoder makes ids of."""
 
     rows: int = Field(ge=1)
-    """The largest id + 1: the rows that an embedding table needs. Id 0 is unknown. 1 where ids are raw."""
+    """The largest id + 1: the rows that an embedding table needs. Id 0 is unknown. 1 where ids are raw, and
+    of numbers."""
     raw: bool = False
     """Whether ids are any 64-bit integers, such as hashes, instead of dense ones. A model needs
     [ids.<feature>] for it."""
@@ -55,11 +58,22 @@ class FeatureInfo(Settings):
     side: Side = "both"
     """What carries it: `both` behaviors and candidates, only `history` (a behavior's type, say) or only
     `candidate`. Where it is missing its bag is empty, so its vector is zero."""
+    encoder: AnyEncoder | None = Field(None, exclude_if=lambda encoder: encoder is None)
+    """What makes ids of numbers. Then the log holds codes of numbers, see `trainer.log.encoders.code`, and a
+    model has tables of the encoder's parts instead of one of the feature itself (`table_features`)."""
+
+    @model_validator(mode="after")
+    def _numbers_are_no_ids(self) -> FeatureInfo:
+        if self.encoder is not None and (self.raw or self.multi or self.rows != 1 or self.vocabulary):
+            raise ValueError("a feature with an encoder has numbers, one each, and neither ids nor values")
+        if self.encoder is not None and not self.encoder.gives_ids:
+            raise ValueError(f'encoder "{self.encoder.kind}" gives no ids; the log keeps it in `numeric`')
+        return self
 
     @property
     def bound(self) -> int:
-        """Ids lie below it."""
-        return ANY_ID if self.raw else self.rows
+        """Ids, or codes of numbers, lie below it."""
+        return ANY_ID if self.raw or self.encoder is not None else self.rows
 
     @property
     def of_behaviors(self) -> bool:
@@ -68,6 +82,44 @@ class FeatureInfo(Settings):
     @property
     def of_candidates(self) -> bool:
         return self.side != "history"
+
+
+class TableFeature(FeatureInfo):
+    """A feature as tables have it: of ids, or one part of an encoded number."""
+
+    field: str = ""
+    """The feature of the log that it is a part of; empty: it is one itself."""
+    most_ids: int = 1
+    """The most ids of a bag; of a multi-valued feature of the log, nobody knows it."""
+    meaning: str = ""
+    """What the ids of a part stand for; see `vocabulary` of those of the log."""
+
+
+def table_features(infos: Mapping[str, FeatureInfo]) -> dict[str, TableFeature]:
+    """The features that tables have, of those that a log has: an encoded number becomes its parts."""
+    found: dict[str, TableFeature] = {}
+    for name, info in infos.items():
+        if info.encoder is None:
+            found[name] = TableFeature(**dict(info))
+            continue
+        most, meanings = info.encoder.most_ids(name), info.encoder.meanings(name)
+        for part, rows in info.encoder.parts(name).items():
+            many, meaning = most[part], meanings[part]
+            found[part] = TableFeature(
+                rows=rows, multi=many > 1, side=info.side, field=name, most_ids=many, meaning=meaning
+            )
+    return found
+
+
+def part_clash(infos: Mapping[str, FeatureInfo]) -> str:
+    """Which part of an encoded number has the name of another feature; empty if none has."""
+    taken = set(infos)
+    for name, info in infos.items():
+        for part in () if info.encoder is None else info.encoder.parts(name):
+            if part != name and part in taken:
+                return f"the encoder of {name!r} has a part {part!r}, which is another feature; rename one"
+            taken.add(part)
+    return ""
 
 
 class FileInfo(Settings):
@@ -160,6 +212,16 @@ class LogManifest(Settings):
     report: dict[str, Any]
     """What the ingest read, wrote and left out."""
 
+    @property
+    def table_features(self) -> dict[str, TableFeature]:
+        """The features of behaviors and candidates that tables have."""
+        return table_features(self.features)
+
+    @property
+    def table_context(self) -> dict[str, TableFeature]:
+        """The features of requests that tables have."""
+        return table_features(self.context)
+
     def holds(self, split: str) -> bool:
         """Whether the log has any request in a split."""
         return split in self.splits and bool(self.splits[split].files)
@@ -177,6 +239,8 @@ class LogManifest(Settings):
         unknown = [name for name in self.taxonomy if name not in self.features]
         if unknown:
             raise ValueError(f"taxonomy names features that the log does not have: {', '.join(unknown)}")
+        if clash := part_clash({**self.features, **self.context}):
+            raise ValueError(clash)
         for field, names in (("partial", self.partial), ("label_weights", self.label_weights)):
             if unknown := [name for name in names if name not in self.tasks]:
                 raise ValueError(f"{field} names labels that the log does not have: {', '.join(unknown)}")

@@ -152,21 +152,28 @@ def candidate_losses(scores: npt.ArrayLike, labels: npt.ArrayLike) -> Floats:
 
 
 def calibration_error(scores: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 20) -> float:
-    """Expected calibration error over equally full bins of score; equal scores share a bin.
+    """Expected calibration error over equally full bins of score, see `score_bins`."""
+    p, y = _probabilities(scores, labels)
+    if not y.size:
+        return math.nan
+    gaps = np.bincount(score_bins(p, bins), weights=p - y)
+    return float(np.abs(gaps).sum()) / p.size
+
+
+def score_bins(scores: Floats, bins: int) -> Ints:
+    """[n], the bin of each candidate: equally full ones of ascending score; equal scores share a bin.
 
     The middle of the places that equal scores take decides on their bin, so that the order of the
     candidates does not matter.
     """
-    p, y = _probabilities(scores, labels)
-    if not y.size:
-        return math.nan
-    order = np.argsort(p, kind="stable")
-    new = np.r_[True, np.diff(p[order]) != 0]
+    order = np.argsort(scores, kind="stable")
+    new = np.r_[True, np.diff(scores[order]) != 0][: scores.size]
     starts = np.nonzero(new)[0]
-    ends = np.r_[starts[1:], p.size]
-    bin_of_tie = (starts + ends) * bins // (2 * p.size)
-    gaps = np.bincount(bin_of_tie[np.cumsum(new) - 1], weights=(p - y)[order])
-    return float(np.abs(gaps).sum()) / p.size
+    ends = np.r_[starts[1:], scores.size]
+    bin_of_tie = (starts + ends) * bins // (2 * scores.size)
+    found = np.empty(scores.size, dtype=np.int64)
+    found[order] = bin_of_tie[np.cumsum(new) - 1]
+    return found
 
 
 def _probabilities(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Floats]:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from trainer.log.arrow import PARQUET_ERRORS, is_list, is_text
 from trainer.log.bags import Bags, Ints
+from trainer.log.encoders.encoder import Encoder
 from trainer.log.known_values import KnownValues
 from trainer.log.schema import CLUSTER_COLUMNS
 from trainer.serving.arrow_messages import check_messages
@@ -25,6 +26,7 @@ from trainer.serving.checks import check_names
 from trainer.serving.exploration import Exploration, exploration_of
 from trainer.serving.form import RequestForm
 from trainer.serving.histories import as_user
+from trainer.serving.numbers import codes_of_array
 from trainer.serving.request import Doubles, History, Limits, Needs, Part, Request, RequestError
 from trainer.serving.scorer import Answer
 from trainer.serving.vocabulary import Translation, check_text
@@ -124,7 +126,7 @@ def _checked_columns(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
         if shared and _is_text(values.type) and not pa.types.is_dictionary(values.type):
             raise RequestError(422, f"column {name}: holds text in list views; write plain lists")
         values = values.dictionary if pa.types.is_dictionary(values.type) else values
-        read = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null, _is_text)
+        read = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null, _is_text)
         if not any(known_type(values.type) for known_type in read):
             raise RequestError(422, f"column {name}: holds {values.type}")
         check_text(values, f"column {name}")
@@ -183,6 +185,14 @@ class _ArrowForm(RequestForm):
         inner = self._without_nulls(column, self._flat(values))
         return Bags.of_lengths(self._ids(part, name, inner), lengths)
 
+    def codes(self, part: Part, name: str, encoder: Encoder) -> Ints:
+        column = f"{part.prefix}{name}"
+        place = f"{self.place}, column {column}"
+        one = self._batch.column(column).slice(self._row, 1)
+        if part is self.needs.context and not is_list(one.type):
+            return codes_of_array(one, encoder, place)
+        return codes_of_array(self._flat(self._listed(column)), encoder, place)
+
     def numbers(self, name: str) -> Doubles:
         column = f"{self.needs.numeric.prefix}{name}"
         values = self._items(column)
@@ -223,10 +233,14 @@ class _ArrowForm(RequestForm):
 
     def _items(self, name: str) -> pa.Array:
         """Items of a list, without nulls."""
+        return self._without_nulls(name, self._flat(self._listed(name)))
+
+    def _listed(self, name: str) -> pa.Array:
+        """This row's list, as an array of one."""
         one = self._cell(name)
         if not is_list(one.type):
             raise self._error(name, f"is {one.type}, expected a list")
-        return self._without_nulls(name, self._flat(one))
+        return one
 
     def _flat(self, lists: pa.Array) -> pa.Array:
         """The items of lists one after the other, counted before any of them is copied."""

@@ -140,7 +140,7 @@ def _checked_bags(name: str, bags: Bags, count: int, needs: Needs, limits: Limit
             at = int(lengths.argmax())
             problem = f"{lengths[at]:,} ids, the server takes {limits.bag:,} of one (--max-bag)"
             raise RequestError(413, f"{place}[{at}]: {problem}")
-    if name in needs.living:
+    if name in needs.living or name in needs.encoders:
         return bags
     ids: Any = bags.values
     rows = needs.rows.get(name, 2**63 - 1)

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from trainer.log.arrow import is_text
 from trainer.log.bags import Bags, Ints
+from trainer.log.encoders.encoder import Encoder
 from trainer.serving.checks import check_request
 from trainer.serving.histories import known_user
 from trainer.serving.raw_ids import raw_ids
@@ -48,6 +49,10 @@ class RequestForm(ABC):
         """Ids of a feature: of every behavior or candidate, or one bag of the context."""
 
     @abstractmethod
+    def codes(self, part: Part, name: str, encoder: Encoder) -> Ints:
+        """Codes of a feature that is a number: of every behavior or candidate, or one of the context."""
+
+    @abstractmethod
     def numbers(self, name: str) -> Doubles:
         """Numbers of every candidate."""
 
@@ -62,6 +67,9 @@ class RequestForm(ABC):
         """
         user, time, needs = self.user(), self.time(), self.needs
         timestamp = self.per_behavior("timestamp")
+        if needs.users and timestamp is not None and (user is None or is_text(user.type)):
+            problem = "give the user's number, since this model compares candidates with vectors of users"
+            raise RequestError(422, f"{self.place}.user_id: {problem}")
         if timestamp is None:
             if user is None:
                 problem = "give a history, or a user_id where the server has histories"
@@ -106,4 +114,9 @@ class RequestForm(ABC):
 
     def _features(self, part: Part) -> dict[str, Bags]:
         """Features that the snapshot knows, in its order."""
-        return {name: self.bags(part, name) for name in part.known if self.has(part, name)}
+        encoders, found = self.needs.encoders, dict[str, Bags]()
+        for name in part.known:
+            if self.has(part, name):
+                encoder = encoders.get(name)
+                found[name] = Bags(self.codes(part, name, encoder)) if encoder else self.bags(part, name)
+        return found

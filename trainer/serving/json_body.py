@@ -18,10 +18,12 @@ from pydantic_core import from_json as parsed
 
 from trainer.config.mistakes import path_in, with_unique_keys, words_of
 from trainer.log.bags import Bags, Ints
+from trainer.log.encoders.encoder import Encoder
 from trainer.serving.checks import check_names
 from trainer.serving.exploration import ExplorationFields
 from trainer.serving.form import RequestForm
 from trainer.serving.histories import as_user
+from trainer.serving.numbers import codes_of_values
 from trainer.serving.request import Doubles, Limits, Needs, Part, RequestError
 from trainer.serving.vocabulary import Translation
 
@@ -34,7 +36,12 @@ Texts = Annotated[list[Text], Field(fail_fast=True)]
 # One id each, or several each; which of the two, the first item says. Raw values may be text.
 ManyInts64 = Annotated[list[Ints64], Field(fail_fast=True)]
 ManyTexts = Annotated[list[Texts], Field(fail_fast=True)]
-Ids = Annotated[Ints64 | Texts | ManyInts64 | ManyTexts, Field(union_mode="left_to_right")]
+# A feature that is a number: integers of any size, reals, text that spells one, null where it is missing.
+# A tuple, so that it is known from lists of ids.
+Integer = Annotated[int, Field(strict=True)]
+Value = Annotated[Integer | Number | Text | None, Field(union_mode="left_to_right")]
+Values = Annotated[tuple[Value, ...], Field(fail_fast=True)]
+Ids = Annotated[Ints64 | Texts | ManyInts64 | ManyTexts | Values, Field(union_mode="left_to_right")]
 
 
 def _kind_of_user(given: Any) -> str | None:
@@ -62,7 +69,7 @@ class HistoryBody(_Body):
 
     Attributes:
         timestamp: unix seconds, ascending.
-        features: ids of every behavior.
+        features: ids of every behavior; of a feature that is a number, numbers, or null where it is missing.
         cluster_size, cluster_time: of the clusters, for a model that searches clusters.
     """
 
@@ -80,8 +87,8 @@ class RequestBody(_Body):
             with raw values the user's own name, where the log has names. Beside a history, any name.
         history: sent along; without it, the stored one of `user_id`.
         time: of the request, unix seconds; only older behaviors are seen. Left out, all of them are.
-        candidates: ids of every candidate.
-        context: ids of the request.
+        candidates: ids of every candidate; numbers as in a history.
+        context: ids of the request, or a number.
         numeric: numbers of every candidate.
     """
 
@@ -89,7 +96,7 @@ class RequestBody(_Body):
     history: HistoryBody | None = None
     time: Int64 | None = None
     candidates: dict[str, Ids]
-    context: dict[str, Int64 | Text | Ints64 | Texts] = Field(default_factory=dict)
+    context: dict[str, Int64 | Text | Ints64 | Texts | Integer | Number | None] = Field(default_factory=dict)
     numeric: dict[str, Annotated[list[Number], Field(fail_fast=True)]] = Field(default_factory=dict)
 
 
@@ -159,6 +166,13 @@ def _objects(tree: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(value)
 
 
+_NO_ID = "must be a valid integer of 64 bits"
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**63
+
+
 class JsonForm(RequestForm):
     """A request of a body that `read_json` has read."""
 
@@ -194,11 +208,25 @@ class JsonForm(RequestForm):
     def bags(self, part: Part, name: str) -> Bags:
         ids: Any = self._parts[part.name][name]
         if part is self.needs.context:
+            if not isinstance(ids, list | str) and not _is_id(ids):
+                raise RequestError(422, f"{self.place}.context.{name}: {_NO_ID}")
             ids = [ids if isinstance(ids, list) else [ids]]
+        if isinstance(ids, tuple):
+            at = next(at for at, value in enumerate(ids) if not _is_id(value))
+            raise RequestError(422, f"{self.place}.{part.path}.{name}[{at}]: {_NO_ID}")
         if not ids or not isinstance(ids[0], list):
             return Bags(self._ids(part, name, ids))
         values = self._ids(part, name, list(chain.from_iterable(ids)))
         return Bags.of_lengths(values, [len(bag) for bag in ids])
+
+    def codes(self, part: Part, name: str, encoder: Encoder) -> Ints:
+        where, given = f"{self.place}.{part.path}.{name}", self._parts[part.name][name]
+        if part is self.needs.context and not isinstance(given, list):
+            given = [given]
+        for at, value in enumerate(given):
+            if isinstance(value, list):
+                raise RequestError(422, f"{where}[{at}]: the feature has one number each")
+        return codes_of_values(given, encoder, where)
 
     def numbers(self, name: str) -> Doubles:
         return np.array(self._body.numeric[name], dtype=np.float64)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from embeddings.errors import ConfigError
+from trainer.config.sections import DataConfig
 from trainer.config.tasks import named_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.blocks import Block, LazyRows, with_windows
@@ -21,6 +22,8 @@ from trainer.data.files import RowGroup
 from trainer.data.labels import TaskLabels
 from trainer.data.row_group import FeatureIds, Floats
 from trainer.data.rows import Columns, UserRows
+from trainer.data.similarity.keys import Key
+from trainer.data.similarity.similarity import similarities_of, vectors_used
 from trainer.log.bags import Bags, Ints
 from trainer.log.known_values import KnownValues
 from trainer.log.schema import FeatureInfo
@@ -31,6 +34,7 @@ from trainer.serving.exploration import Exploration, Sureness, sureness
 from trainer.serving.request import Needs, Request
 from trainer.serving.window_search import per_window
 from trainer.snapshot import Snapshot
+from trainer.snapshot.manifest import InputFeature
 
 # A feature beside the others where an answer explains: each behavior's place in the request's history.
 _PLACE = "history place"
@@ -106,6 +110,7 @@ class Scorer:
             numeric=manifest.numeric,
             chunk=chunk if self.data.clusters else 0,
             domain=_domain_of(self.data.domain, self.needs),
+            similarities=similarities_of(self.data, _keys_of(self.data, manifest.inputs), snapshot.vectors),
         )
         # `trainer.serving.versions` sets them: requests may hold raw values of these features.
         self.vocabularies: Mapping[str, KnownValues] = {}
@@ -186,7 +191,24 @@ class Scorer:
 
 
 def _infos(names: Sequence[str], needs: Needs) -> dict[str, FeatureInfo]:
-    return {name: FeatureInfo(rows=needs.rows.get(name, 1)) for name in names}
+    ids = {name: FeatureInfo(rows=needs.rows.get(name, 1)) for name in names if name not in needs.encoders}
+    numbers = {name: FeatureInfo(rows=1, encoder=encoder) for name, encoder in needs.encoders.items()}
+    return {name: ids.get(name) or numbers[name] for name in names}
+
+
+def _keys_of(data: DataConfig, inputs: Mapping[str, InputFeature]) -> dict[str, Key]:
+    """What has the vectors of each name, in requests."""
+    found = {}
+    for vectors in vectors_used(data):
+        name = data.vectors[vectors].key
+        given = inputs.get(name)
+        if given is None:
+            found[vectors] = Key(name, "users", None)
+        elif given.side == "context":
+            found[vectors] = Key(name, "requests", FeatureInfo(rows=1))
+        else:
+            found[vectors] = Key(name, "items", FeatureInfo(rows=1, side=given.side))
+    return found
 
 
 def _domain_of(feature: str, needs: Needs) -> DomainColumn | None:

@@ -146,11 +146,19 @@ class Snapshot:
             if feature in known and known[feature].multi and not given.multi:
                 problem = f"has lists of {feature!r}, and the model was trained with one each"
                 raise DataError(f"{problem}; ingest without multi = true", file=log)
+            if feature in known and known[feature].encoder != given.encoder:
+                problem = f"its numbers {feature!r} are encoded otherwise than those of the snapshot"
+                raise DataError(f"{problem}; ingest both with one encoder", file=log)
         for feature, entry in self.manifest.ids.items():
             if feature in known and known[feature].raw != entry.raw:
                 mine, theirs = ("dense", "raw") if entry.raw else ("raw", "dense")
                 problem = f"its ids of {feature!r} are {mine}, and those that the snapshot was trained with"
                 raise DataError(f"{problem} are {theirs}; ingest both alike", file=log)
+        for name, described in self.manifest.vectors.items():
+            key = self.manifest.config.data.vectors[name].key
+            if key in known and known[key].raw != described.raw:
+                problem = f"its ids of {key!r} are others than those that the snapshot has vectors of"
+                raise DataError(f"{problem}: raw on one side only; ingest both alike", file=log)
         for feature, expected in self.manifest.vocabularies.items():
             if feature not in known:
                 raise DataError(f"lacks the feature {feature!r} that the snapshot needs", file=log)
@@ -367,17 +375,16 @@ def _recorded(path: Path, manifest: SnapshotManifest) -> RecordedRequests:
 
 def _problem_of_bags(batch: RequestBatch, manifest: SnapshotManifest) -> str:
     """Which feature is not carried by what `inputs` says; empty if none is."""
+    inputs = manifest.table_inputs
     for name in manifest.recorded_features:
-        given = manifest.inputs[name]
+        given = inputs[name]
         lengths = batch.features[name].lengths().split([batch.behaviors, batch.candidates])
         for found, carries in zip(lengths, (given.of_behaviors, given.of_candidates), strict=True):
             if bool((found > 0).any() if not carries else (found != 1).any() and not given.multi):
                 return f"{name} is not what its inputs say"
     context = batch.context
     for name in manifest.recorded_context:
-        if context is None or (
-            not manifest.inputs[name].multi and bool((context[name].lengths() != 1).any())
-        ):
+        if context is None or (not inputs[name].multi and bool((context[name].lengths() != 1).any())):
             return f"{name} is not what its inputs say"
     return ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,9 +15,12 @@ from embeddings.groups import TableName
 from embeddings.ids.rules import part_name
 from embeddings.lookup.stored import Dtype, row_bytes
 from trainer.config.mistakes import problems_of, with_unique_keys, words_of
+from trainer.config.similarity import USER
 from trainer.config.tables import GroupName
 from trainer.config.toml import Settings
-from trainer.data.similarity.similarity import vectors_used
+from trainer.data.similarity.encoding import similarity_features
+from trainer.data.similarity.similarity import keys_of, vectors_used
+from trainer.log.encoders.table import AnyEncoder
 from trainer.run_config import Config
 from trainer.sealed_folder import DIGEST, MANIFEST, Seal, raise_of_store
 from trainer.snapshot.uncertainty import Uncertainty
@@ -172,10 +175,12 @@ class InputFeature(Settings):
 
     Attributes:
         multi: a list of ids, possibly empty, instead of one.
+        encoder: what makes ids of it, if it is a number; tables then have the encoder's parts.
     """
 
     side: Literal["both", "history", "candidate", "context"]
     multi: bool
+    encoder: AnyEncoder | None = Field(None, exclude_if=lambda encoder: encoder is None)
 
     @property
     def of_behaviors(self) -> bool:
@@ -201,7 +206,8 @@ class SnapshotManifest(Settings):
             probabilities.
         features: rows of each feature's tables; inputs: what carries the features that a request must have,
             those without a table included that a hard search compares.
-        recorded_features, recorded_context: features in the order of the recorded requests.
+        recorded_features, recorded_context: features of tables in the order of the recorded requests, which
+            hold numbers as their encoders' parts.
         checkpoint: digest of the manifest of the checkpoint that this was made of; empty: not known.
         weights: whether the dense part is that of the step, or its average over the phase.
         vocabularies: feature -> digest of the values that its ids stand for; vocabulary_files: these values.
@@ -238,6 +244,19 @@ class SnapshotManifest(Settings):
     vocabulary_files: tuple[VocabularyFile, ...] = ()
     versions: dict[str, str]
 
+    @property
+    def table_inputs(self) -> dict[str, InputFeature]:
+        """`inputs` as recorded requests have them: similarities too, and numbers as their encoders' parts."""
+        found = {}
+        for name, given in self.inputs.items():
+            most = {name: 1} if given.encoder is None else given.encoder.most_ids(name)
+            for part, ids in most.items():
+                many = given.multi if given.encoder is None else ids > 1
+                found[part] = InputFeature(side=given.side, multi=many)
+        for part, info in similarity_features(self.config.data).items():
+            found[part] = InputFeature(side="candidate", multi=info.multi)
+        return found
+
     def matrices(self) -> Iterator[tuple[str, str, StoredRows]]:
         """Every matrix that has files, as (their stem, name of its tensor, description)."""
         for group, tables in self.groups.items():
@@ -262,6 +281,15 @@ class SnapshotManifest(Settings):
     def listed(self) -> dict[str, ListedFile]:
         entries: tuple[ListedFile, ...] = (*self.files, *self.code, *self.vocabulary_files)
         return {entry.path: entry for entry in entries}
+
+
+def names_of_inputs(recorded: Sequence[str], inputs: Mapping[str, InputFeature]) -> tuple[str, ...]:
+    """The inputs that recorded features are of, in that order."""
+    numbers = {name: given.encoder for name, given in inputs.items() if given.encoder is not None}
+    of_part = {part: name for name, encoder in numbers.items() for part in encoder.parts(name)}
+    found = dict.fromkeys(of_part.get(name, name) for name in recorded)
+    # A similarity is none of them.
+    return tuple(name for name in found if name in inputs)
 
 
 def table_stem(group: str, place: int) -> str:
@@ -311,14 +339,16 @@ def _problem(manifest: SnapshotManifest) -> str:
     base, branches = manifest.base, manifest.config.model.all_branches()
     used = {group for branch in branches.values() for group in branch.roles.used()}
     described = [entry.feature for entry in manifest.vocabulary_files]
-    of_requests = {name for name, given in manifest.inputs.items() if given.side == "context"}
+    inputs = manifest.table_inputs
+    of_requests = {name for name, given in inputs.items() if given.side == "context"}
     problems = {
         "its groups are not those of its config": set(manifest.groups) != used,
         "its features are not those of its tables": _has_other_rows(manifest),
         "its inputs are not those of its recorded requests": (
-            sorted(manifest.recorded_features) != sorted(manifest.inputs.keys() - of_requests)
+            sorted(manifest.recorded_features) != sorted(inputs.keys() - of_requests)
             or sorted(manifest.recorded_context) != sorted(of_requests)
         ),
+        "its tables are not those of its encoders": _has_other_parts(manifest),
         "it builds on a version that is not older": base is not None and base.number >= manifest.number,
         "its uncertainty is not that of its tasks": (
             manifest.uncertainty is not None and tuple(manifest.uncertainty.tasks) != manifest.tasks
@@ -329,6 +359,8 @@ def _problem(manifest: SnapshotManifest) -> str:
     }
     first = next((problem for problem, there in problems.items() if there), "")
     found = first or _problem_of_ids(manifest) or _problem_of_search(manifest) or _problem_of_files(manifest)
+    if other := set(keys_of(manifest.config.data)) - {*manifest.inputs, USER}:
+        found = found or f"its vectors are of {other.pop()}, which its requests do not have"
     compared, sizes = vectors_used(manifest.config.data), {each.path: each.bytes for each in manifest.files}
     return found or problem_of_vectors(manifest.vectors, compared, sizes, base is not None)
 
@@ -345,6 +377,14 @@ def _has_other_rows(manifest: SnapshotManifest) -> bool:
             of_feature = table.rows if own is None else rules[table.feature].rows
             rows.setdefault(table.feature, set()).add(of_feature)
     return rows != {name: {count} for name, count in manifest.features.items()}
+
+
+def _has_other_parts(manifest: SnapshotManifest) -> bool:
+    """Whether the table of an encoded number or of a similarity has other rows than the encoder has ids."""
+    rows = {part: info.rows for part, info in similarity_features(manifest.config.data).items()}
+    for name, given in manifest.inputs.items():
+        rows |= {} if given.encoder is None else given.encoder.parts(name)
+    return any(manifest.features.get(part, count) != count for part, count in rows.items())
 
 
 def _problem_of_ids(manifest: SnapshotManifest) -> str:

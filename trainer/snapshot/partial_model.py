@@ -7,7 +7,7 @@ So a model can be asked on a machine that could never hold it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -57,9 +57,16 @@ class RequestRows:
 
 
 def rows_of_requests(
-    batches: Iterable[RequestBatch], groups: Mapping[str, TableGroup], config: Config
+    batches: Iterable[RequestBatch],
+    groups: Mapping[str, TableGroup],
+    config: Config,
+    whole: Collection[str] = (),
 ) -> RequestRows:
-    """Find the ids of some requests; where ids come and go, batches have rows in their place."""
+    """Find the ids of some requests; where ids come and go, batches have rows in their place.
+
+    Args:
+        whole: features all of whose ids are taken: parts of encoded numbers, whose few rows the encoder says.
+    """
     rows = {table.key: table.rows for group in groups.values() for table in group.tables}
     features = {
         table.key: table.feature for group in groups.values() for table in group.tables if table.apart
@@ -67,7 +74,8 @@ def rows_of_requests(
     rows |= {feature: config.id_rules[feature].rows for feature in features.values()}
     # Id 0 has a meaning of its own, and what ids tell apart (groups of candidates in time, domains that have
     # modules of their own) stays as it is.
-    grouping = {branch.time_group for branch in config.model.all_branches().values()} | {config.data.domain}
+    grouping = {branch.time_group for branch in config.model.all_branches().values()}
+    grouping |= {config.data.domain, *whole}
     ids = {key: torch.arange(n if key in grouping else 1) for key, n in rows.items()}
     pairs: dict[str, list[Tensor]] = {key: [] for key in features}
     for batch in batches:

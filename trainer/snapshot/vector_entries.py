@@ -18,11 +18,14 @@ class SnapshotVectors(Settings):
 
     Attributes:
         rows: ids that have a vector; dim: numbers of each.
+        raw, hashed: whether the log's ids are any integers, and whether these are hashes of text.
         of_base: whether the file is that of the base.
     """
 
     rows: int = Field(ge=0, lt=2**48)
     dim: int = Field(ge=1, le=MOST_DIM)
+    raw: bool = False
+    hashed: bool = False
     of_base: bool = False
 
     @property

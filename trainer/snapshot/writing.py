@@ -188,11 +188,19 @@ class Draft:
             self.files[file.path] = file
         return found
 
-    def write_vectors(self, vectors: Mapping[str, Vectors]) -> dict[str, SnapshotVectors]:
-        """All pre-trained vectors, for the manifest; those that the base has are left where they are."""
+    def write_vectors(
+        self, vectors: Mapping[str, Vectors], infos: Mapping[str, FeatureInfo]
+    ) -> dict[str, SnapshotVectors]:
+        """All pre-trained vectors, for the manifest; those that the base has are left where they are.
+
+        Args:
+            infos: of the log's features.
+        """
         found = {}
         for name, given in vectors.items():
             described, entry = write_vectors(self.folder, name, given)
+            if (info := infos.get(self.source.config.data.vectors[name].key)) is not None:
+                described = described.model_copy(update={"raw": info.raw, "hashed": info.hashed})
             file = SnapshotFile(path=vectors_path(name), **entry)
             if self.base is not None and name in self.base.manifest.vectors:
                 _, known = self.base.vectors_file(name)

@@ -157,15 +157,17 @@ class Figure:
     Attributes:
         name: of its files NAME.png and NAME.json, and of its place in the page; unique in a report.
         caption: whole sentences: what is drawn, how it was measured, how to read it.
+        references: names of lines, bars or points that the others are compared with; they are drawn in grey.
     """
 
     name: str
     title: str
     caption: str
     charts: tuple[Chart, ...]
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _set(self, name=_checked(self.name), charts=tuple(self.charts))
+        _set(self, name=_checked(self.name), charts=tuple(self.charts), references=tuple(self.references))
 
 
 @dataclass(frozen=True)

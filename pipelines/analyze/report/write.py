@@ -1,7 +1,7 @@
 """Writes a report: one page, and for each figure its picture and its numbers.
 
     DIR/index.html                the page; it needs nothing else to be read
-    DIR/figures/NAME.png, .json   each figure
+    DIR/figures/NAME.png, .json   each figure, and each table as JSON
     DIR/report.json               findings, sections, runs, versions
 
 The folder appears whole or not at all.
@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 
 from embeddings.errors import ConfigError
-from pipelines.analyze.report.model import Report
+from pipelines.analyze.report.draw import write_png
+from pipelines.analyze.report.model import Figure, Report
 from pipelines.analyze.report.numbers import json_of, plain
 from pipelines.analyze.report.page import page_of
 from trainer.sealed_folder import naming, publish, scratch
@@ -55,6 +56,8 @@ def _fill(part: Path, report: Report) -> None:
     figures.mkdir()
     for figure in report.figures():
         (figures / f"{figure.name}.json").write_text(json_of(figure), encoding="utf-8")
+        if isinstance(figure, Figure):
+            write_png(figure, figures / f"{figure.name}.png")
     (part / PAGE).write_text(page_of(report), encoding="utf-8")
     facts = {
         "format": FORMAT,

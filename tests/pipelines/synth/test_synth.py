@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks.planted.recall import kept_places, measure, worth
+from benchmarks.planted.recall import worth
 from embeddings.errors import DataError
 from launch.cli import main
 from pipelines.synth import fields, orders, relevance, temporal
 from pipelines.synth.kinds import KINDS
 from pipelines.synth.log import Ints, PlantedLog
 from pipelines.synth.synth import TRUTH, synth
+from trainer.analysis.search.kept import kept_places, measure
 from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
@@ -45,6 +46,7 @@ USERS = {
     "sparse_1": 300,
     "collapse": 150,
     "flip": 150,
+    "uncertain": 300,
 }
 # Where the oracle of a draw of this size may lie: the value of a large draw, give or take three deviations.
 ORACLE = {
@@ -66,6 +68,7 @@ ORACLE = {
     "sparse_1": (0.78, 0.99),
     "collapse": (0.84, 0.94),
     "flip": (0.71, 0.85),
+    "uncertain": (0.77, 0.88),
 }
 # Of what the kinds of one task were when others came: a seed must go on giving the same log.
 DIGESTS = {

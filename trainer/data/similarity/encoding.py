@@ -16,7 +16,7 @@ from trainer.log.encoders.buckets import Buckets
 from trainer.log.encoders.code import integer_of
 from trainer.log.encoders.encoder import Encoder
 from trainer.log.encoders.mnse import Mnse
-from trainer.log.schema import FeatureInfo
+from trainer.log.schema import LogManifest, TableFeature
 
 # Counts of a tier have levels 1, 2 or 3, 4 to 7 and so on: a history is shorter than 2^LEVELS.
 LEVELS: Final = 20
@@ -53,33 +53,43 @@ def parts_of(name: str, settings: SimilarityConfig) -> dict[str, int]:
     return encoder_of(settings).parts(name)
 
 
-def similarity_features(data: DataConfig) -> dict[str, FeatureInfo]:
-    """The features that similarities add to candidates."""
-    return {
-        part: FeatureInfo(rows=rows, multi=True, side="candidate")
-        for name, settings in data.similarity.items()
-        for part, rows in parts_of(name, settings).items()
-    }
+def similarity_features(data: DataConfig) -> dict[str, TableFeature]:
+    """The features of tables that similarities add to candidates."""
+    found = {}
+    for name, settings in data.similarity.items():
+        tiers = {name: settings.tiers} if settings.statistic == "histogram" else None
+        most = tiers or encoder_of(settings).most_ids(name)
+        keys = [data.vectors[each].key for each in (settings.of, settings.to)]
+        meaning = f"similarity of {keys[0]} to {keys[1]}: {settings.model_dump_json()}"
+        for part, rows in parts_of(name, settings).items():
+            found[part] = TableFeature(
+                rows=rows,
+                multi=most[part] > 1,
+                side="candidate",
+                field=name,
+                most_ids=most[part],
+                meaning=f"{meaning}, {part.removeprefix(name)}",
+            )
+    return found
+
+
+def features_of_tables(data: DataConfig, manifest: LogManifest) -> dict[str, TableFeature]:
+    """The features of behaviors and candidates that tables may have: of the log, and similarities.
+
+    Raises:
+        ConfigError: a similarity has the name of a feature of the log.
+    """
+    known = {**manifest.features, **manifest.context, **manifest.table_features, **manifest.table_context}
+    for name, parts in parts_by_similarity(data).items():
+        if taken := [each for each in (name, *parts) if each in known]:
+            problem = f"the log has a feature {taken[0]!r}; give the similarity another name"
+            raise ConfigError(f"data.similarity.{name}: {problem}")
+    return {**manifest.table_features, **similarity_features(data)}
 
 
 def parts_by_similarity(data: DataConfig) -> dict[str, tuple[str, ...]]:
     """Similarity -> its features, which stand for it where a group names it."""
     return {name: tuple(parts_of(name, settings)) for name, settings in data.similarity.items()}
-
-
-def check_names(data: DataConfig, features: dict[str, FeatureInfo], fields: dict[str, FeatureInfo]) -> None:
-    """Refuse names that the log has.
-
-    Args:
-        features: that tables may have; fields: of the log, with those that become several features.
-
-    Raises:
-        ConfigError: naming one.
-    """
-    for name, parts in parts_by_similarity(data).items():
-        if taken := [each for each in (name, *parts) if each in features or each in fields]:
-            problem = f"the log has a feature {taken[0]!r}; give the similarity another name"
-            raise ConfigError(f"data.similarity.{name}: {problem}")
 
 
 def bags_of_tiers(counts: Ints, given: npt.NDArray[np.bool_]) -> Bags:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,10 @@ class VectorCounts:
     zero: int = 0
     null: int = 0
     repeated: int = 0
+
+    def entry(self) -> dict[str, int]:
+        """For summary.json."""
+        return asdict(self)
 
     def line(self, file: Path, key: str) -> str:
         """All of it, in one sentence."""

@@ -69,7 +69,7 @@ class Key:
             raise ConfigError(
                 f"{where}: it has any number of ids, but a vector is of one; name another feature"
             )
-        if getattr(found, "encoder", None) is not None:
+        if found.encoder is not None:
             raise ConfigError(f"{where}: it is a number, and vectors are of ids; name another feature")
         return key
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 from weakref import WeakValueDictionary
@@ -30,6 +31,7 @@ class LoadedVectors:
     counts: VectorCounts
     line: str
 
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of all ids and directions."""
         content = hashlib.sha256(self.vectors.ids.tobytes())

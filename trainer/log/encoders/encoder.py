@@ -51,6 +51,14 @@ class Encoder(Settings):
         """The name of each feature as in `parts` -> the most ids of a bag."""
 
     @abstractmethod
+    def meanings(self, name: str) -> dict[str, str]:
+        """The name of each feature as in `parts` -> what its rows stand for.
+
+        Where that is the same of two encoders, rows of one number stand for what they do in the other; one
+        may have more of them.
+        """
+
+    @abstractmethod
     def encode(self, codes: Ints) -> dict[str, Bags]:
         """One bag a code, for each part: its key is what the part's name has after that of the field."""
 

@@ -76,6 +76,14 @@ class Mnse(Encoder):
         most = [self.places(base) + sign for base in self.bases]
         return dict(zip(self.parts(name), [sum(most)] if self.combine == "sum" else most, strict=True))
 
+    def meanings(self, name: str) -> dict[str, str]:
+        if self.combine == "sum":
+            # Ids of a base follow those of the others, so that each depends on all numbers of places.
+            places = ", ".join(f"{self.places(base)} of base {base}" for base in self.bases)
+            return {part: f"digits, {places}, steps of {self.step}" for part in self.parts(name)}
+        meanings = [f"digits of base {base}, steps of {self.step}" for base in self.bases]
+        return dict(zip(self.parts(name), meanings, strict=True))
+
     def encode(self, codes: Ints) -> dict[str, Bags]:
         value, missing, overflow = number_of(in_range(codes, *self.limits))
         # No number of the range is the least int64, so each has its opposite.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from trainer.log.bags import Bags, Ints
 from trainer.log.encoders.encoder import Encoder
@@ -15,10 +17,19 @@ class RawNumber(Encoder):
 
     kind: Literal["number"]
 
+    @model_validator(mode="after")
+    def _is_kept_as_it_is(self) -> Self:
+        if self.step != 1:
+            raise ValueError("step: a number is kept as it is; leave this out")
+        return self
+
     def parts(self, name: str) -> dict[str, int]:
         return {}
 
     def most_ids(self, name: str) -> dict[str, int]:
+        return {}
+
+    def meanings(self, name: str) -> dict[str, str]:
         return {}
 
     def encode(self, codes: Ints) -> dict[str, Bags]:
