@@ -47,6 +47,7 @@ USERS = {
     "collapse": 150,
     "flip": 150,
     "similar": 150,
+    "uncertain": 300,
 }
 # Where the oracle of a draw of this size may lie: the value of a large draw, give or take three deviations.
 ORACLE = {
@@ -69,6 +70,7 @@ ORACLE = {
     "collapse": (0.84, 0.94),
     "flip": (0.71, 0.85),
     "similar": (0.79, 0.89),
+    "uncertain": (0.77, 0.88),
 }
 # Of what the kinds of one task were when others came: a seed must go on giving the same log.
 DIGESTS = {
