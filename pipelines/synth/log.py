@@ -38,6 +38,7 @@ class PlantedSplit:
         probabilities: task -> float64 [U, R, M], P(label = 1 | it is observed).
         labels: task -> float32 [U, R, M], one draw from it; NaN where it was not observed.
         segment: [U], which kind of user each one is, where the law of the labels tells kinds apart.
+        numbers: name -> float64 [U, R, M], of the candidates.
     """
 
     user_id: Ints
@@ -50,6 +51,7 @@ class PlantedSplit:
     probabilities: Mapping[str, Floats]
     labels: Mapping[str, Labels]
     segment: Ints | None = None
+    numbers: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def probability(self) -> Floats:
@@ -67,6 +69,7 @@ class PlantedSplit:
         columns["request_history_end"] = nested(self.history_end)
         columns["request_num_candidates"] = nested(np.full((users, requests), shown))
         columns |= {f"candidate_{name}": nested(ids) for name, ids in self.candidates.items()}
+        columns |= {f"numeric_{name}": nested(values) for name, values in self.numbers.items()}
         columns |= {f"label_{task}": nested(labels) for task, labels in self.labels.items()}
         sizes = {
             "behaviors": self.history_time.shape[1],

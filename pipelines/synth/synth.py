@@ -59,6 +59,7 @@ def synth(
     }
     manifest = LogManifest(
         features=features,
+        numeric=list(log.splits["train"].numbers),
         tasks=log.tasks,
         partial=log.partial,
         taxonomy=list(log.taxonomy),
