@@ -81,10 +81,6 @@ $(VENV)/.installed-dev: requirements/dev.txt requirements/docs.txt requirements/
 	$(PIP) --no-deps -r requirements/dev.txt
 	@touch $@
 
-$(VENV)/.installed-bench: requirements/bench.txt $(VENV)/.installed-$(DEVICE)
-	$(PIP) --no-deps -r requirements/bench.txt
-	@touch $@
-
 $(VENV)/.installed-docs: requirements/docs.txt $(VENV)/.installed-$(DEVICE)
 	$(PIP) --no-deps -r requirements/docs.txt
 	@touch $@
@@ -119,6 +115,7 @@ train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, expor
 	@echo "done. metrics: $(OUT)/run/summary.json   curve: $(OUT)/run/metrics.jsonl"
 	@echo "      snapshot: $(OUT)/snapshot          scores: $(OUT)/scores.parquet"
 	@echo "next: $(VENV)/bin/tensorboard --logdir $(OUT)/run"
+	@echo "      $(VENV)/bin/tandemrec analyze $(OUT)/run --out $(OUT)/report    # what the tables learned, as a page"
 	@echo "      $(VENV)/bin/tandemrec plan --config configs/dare.toml --set data.log=$(LOG) --world-size 8 --hbm 80GB"
 
 serve: install ## after `make train`: score over HTTP, with a page at http://127.0.0.1:8000
@@ -154,7 +151,7 @@ format: install-dev ## rewrite the code the way lint wants it
 	ruff check --fix $(FORMATTED)
 	ruff format $(FORMATTED)
 
-bench: $(VENV)/.installed-bench ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (a quarter of an hour)
+bench: install ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (a quarter of an hour)
 	python -m benchmarks.harness.refresh --log "$(LOG)"
 
 docs: $(VENV)/.installed-docs ## docs/config.md from the code, then the site of docs/ and the API, in runs/site

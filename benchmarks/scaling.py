@@ -234,7 +234,7 @@ def _show_exponents(sweep: Sweep, report: Report) -> None:
 def draw(tree: dict[str, Any], out: Path) -> None:
     """One panel a size, both axes logarithmic: times on the left axis, memory on the right.
 
-    The legend has the fitted exponents. Needs matplotlib (requirements/bench.txt).
+    The legend has the fitted exponents.
     """
     import matplotlib
 

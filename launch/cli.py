@@ -16,18 +16,17 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Option
 
+from launch.analysis_verbs import analyze
 from launch.options import (
     At,
     Cache,
     Checkpoint,
     ConfigFile,
     Device,
-    Dtype,
     MoreOverrides,
     Overrides,
     Overwrite,
     RunFolder,
-    Search,
     Snapshot,
     Split,
     Version,
@@ -36,6 +35,7 @@ from launch.options import (
 )
 from launch.quick_imports import quick_imports
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
+from launch.snapshot_verbs import export, score
 from launch.stream_verbs import online, windows
 
 app = typer.Typer(
@@ -223,38 +223,10 @@ def evaluate(
     run(run_folder, split, checkpoint, device, sample, weights)
 
 
-@app.command()
-def export(
-    run_folder: RunFolder,
-    out: Annotated[Path, At(metavar="SNAP", help="The snapshot folder to write.")],
-    dtype: Annotated[Dtype, Option(help="How tables of representation are stored.")] = "fp32",
-    attention_dtype: Annotated[Dtype, Option(help="How tables of attention are stored.")] = "fp16",
-    since: Annotated[str, Option(metavar="BASE", help="Write only rows that differ from this version.")] = "",
-    keep: Annotated[int, Option(min=0, help="Newest versions that stay; 0: all.")] = 0,
-    parity_requests: Annotated[
-        int, Option(min=0, help="Validation requests to compare AUC on; 0: none.")
-    ] = 1000,
-    aoti: Annotated[bool, Option("--aoti", help="Add the dense part as machine code (g++).")] = False,
-    vocabularies: Annotated[
-        bool | None,
-        Option(
-            "--vocabularies/--no-vocabularies",
-            help="Add the values that the ids stand for; the default: if they are small.",
-        ),
-    ] = None,
-    checkpoint: Checkpoint = "",
-    device: Device = None,
-    search: Annotated[
-        Search, Option(help="For a retrieval service: add the vectors that are projected from tables.")
-    ] = "none",
-    weights: Weights = "raw",
-) -> None:
-    """Write a serving snapshot, checked against the run."""
-    with quick_imports():
-        from pipelines.export import export as run
+app.command()(analyze)
 
-    rest = (parity_requests, aoti, vocabularies, checkpoint, device, search, weights)
-    run(run_folder, out, dtype, attention_dtype, since, keep, *rest)
+
+app.command()(export)
 
 
 @app.command()
@@ -289,25 +261,7 @@ def cluster(
 
 app.command()(windows)
 app.command()(online)
-
-
-@app.command()
-def score(
-    snapshot: Snapshot,
-    requests: Annotated[Path, At(metavar="LOG", help="A sequence log.")],
-    out: Annotated[Path, At(metavar="FILE", help="Scores to write, Parquet.")],
-    split: Split = "test",
-    limit: Annotated[int, Option(min=0, help="At most so many requests; 0: all.")] = 0,
-    against: Annotated[
-        Path | None, At(metavar="FILE", help="Scores kept by `evaluate` to compare with.")
-    ] = None,
-    cache: Cache = None,
-) -> None:
-    """Score requests with a snapshot, without the trainer."""
-    with quick_imports():
-        from pipelines.score import score as run
-
-    run(snapshot, requests, split, limit, out, against, cache)
+app.command()(score)
 
 
 @app.command()

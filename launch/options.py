@@ -24,10 +24,11 @@ Version = Annotated[
 
 def At(*names: str, **options: Any) -> Any:
     """An option that is a place: a path, or an address such as s3://bucket/log."""
-    return Option(*names, parser=_place, **options)
+    return Option(*names, parser=place_of, **options)
 
 
-def _place(text: str) -> Path:
+def place_of(text: str) -> Path:
+    """A path or an address, as a parser of options."""
     from embeddings.errors import ConfigError
     from trainer.storage import place
 
@@ -43,7 +44,7 @@ def _place(text: str) -> Path:
 def _local(text: str) -> Path:
     from trainer.storage import is_remote
 
-    if is_remote(found := _place(text)):
+    if is_remote(found := place_of(text)):
         raise typer.BadParameter(f"{text}: must be a folder of this machine, since files in it are mapped")
     return found
 
@@ -99,3 +100,14 @@ def refuse_secrets_in(words: Sequence[str]) -> None:
             except ConfigError as error:
                 option = f"{before} " if before.startswith("-") else ""
                 raise ConfigError(f"{option}{error}") from None
+
+
+Uncertainty = Annotated[
+    bool, Option("--uncertainty", help="Add how sure the model is of a logit (Laplace, last layers).")
+]
+UncertaintyCandidates = Annotated[
+    int, Option(min=0, help="Training candidates that --uncertainty looks at, about; 0: all.")
+]
+PriorPrecision = Annotated[
+    float, Option(min=0, max=1e6, help="Of the weights, for --uncertainty; 0: the evidence chooses.")
+]

@@ -13,6 +13,7 @@ from pipelines.score import write_named_scores
 from pipelines.start import open_split
 from trainer.checkpoint.averages import Weights
 from trainer.checkpoint.restore import RestoredModel, restore
+from trainer.checkpoint.same_vectors import changed_vectors
 from trainer.data.reader import SequenceLogReader
 from trainer.quality.balance import by_balance
 from trainer.quality.baseline_files import baselines_of
@@ -61,6 +62,9 @@ def evaluate(
         reader = open_split(
             restored.config, split, restored.rows, ranks, limit=sample, finders=restored.finders
         )
+        for line in changed_vectors(restored.state, reader.vectors, f"step {restored.step:,}"):
+            if ranks.speaks:
+                print(line, flush=True)
         overlap = _overlap(restored, reader, ranks) if restored.averages else {}
         restored.put(restored.averages)
         with scored_split(restored.sharded.model, reader, ranks.device, run) as scored:

@@ -7,6 +7,7 @@ from pathlib import Path
 from embeddings.errors import ConfigError
 from embeddings.lookup.stored import Dtype
 from pipelines.console import quiet_third_parties
+from pipelines.export_uncertainty import UncertaintyOptions
 from pipelines.export_version import ExportOptions, Published, publish_version
 from trainer.checkpoint.averages import Weights
 from trainer.ranks.device import DeviceName
@@ -30,20 +31,22 @@ def export(
     device: DeviceName | None = None,
     search: SearchKind = "none",
     weights: Weights = "raw",
+    uncertainty: UncertaintyOptions | None = None,
 ) -> Path:
     """Publish a checkpoint of `run` as the next version under `out`, and say what was written.
 
     Args:
         device: on which the trainer's own scores are made; None = where the run was to train.
-        dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies, which, search, weights: see
-            `pipelines.export_version.ExportOptions`.
+        dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies, which, search, weights,
+            uncertainty: see `pipelines.export_version.ExportOptions`.
 
     Raises:
         ConfigError: started with several processes. SnapshotError, CheckpointError: see `publish_version`.
     """
     quiet_third_parties()
     options = ExportOptions(
-        *(dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies, which, search, weights)
+        *(dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies, which, search, weights),
+        uncertainty,
     )
     with process_group(device=device or RunFolder(run).read_config().train.device) as ranks:
         if ranks.world_size > 1:

@@ -16,10 +16,13 @@ from trainer.assemble import id_bounds, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
 from trainer.checkpoint.id_files import frozen_ids
+from trainer.checkpoint.same_vectors import changed_vectors
 from trainer.checkpoint.tensors import TensorReader
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
+from trainer.data.similarity.loading import given_vectors, load_vectors
+from trainer.data.similarity.vectors import Vectors
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.run_config import Config
 from trainer.run_folder import RunFolder
@@ -37,7 +40,7 @@ class TrainedRun:
         manifest: of the log that the run trains on; requests: of the log whose requests are compared, with
             files relative to the same folder; split: which of its splits.
         averages: the dense weights that are written instead of those of the step.
-        id_maps: of the features whose ids come and go.
+        id_maps: of the features whose ids come and go; vectors: pre-trained ones.
     """
 
     config: Config
@@ -50,6 +53,7 @@ class TrainedRun:
     split: str
     averages: Mapping[str, Tensor] = field(default_factory=dict)
     id_maps: Mapping[str, FrozenIds] = field(default_factory=dict)
+    vectors: Mapping[str, Vectors] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -60,7 +64,9 @@ class TrainedRun:
         changes = {} if candidates is None else {"batch_candidates": candidates}
         data = self.config.data.model_copy(update=changes)
         bounds = id_bounds(self.groups, self.config)
-        return SequenceLogReader(data, self.split, bounds, tasks=self.tasks, manifest=self.requests)
+        return SequenceLogReader(
+            data, self.split, bounds, tasks=self.tasks, manifest=self.requests, vectors=self.vectors
+        )
 
     def recorded(self) -> RequestBatch:
         """The few requests that a version holds with their scores."""
@@ -99,7 +105,7 @@ def open_run(
     for line in found.lines:
         print(line, flush=True)
     groups, reader = resolve_groups(config, manifest), TensorReader(path)
-    _check_tables(path, groups, reader)
+    check_tables(path, groups, reader)
     averages: dict[str, Tensor] = {}
     if weights == "averaged":
         averages = averaged_weights(reader, path, found.state)
@@ -110,10 +116,17 @@ def open_run(
     split, id_maps = _split_of(given, config.data.log), frozen_ids(path, config.id_rules)
     if split == "train":
         print("this log has no validation requests: scores are compared on training ones", flush=True)
-    return TrainedRun(config, manifest, groups, reader, path, step, given, split, averages, id_maps)
+    loaded = load_vectors(config.data, manifest)
+    for line in changed_vectors(found.state, loaded, path.name):
+        print(line, flush=True)
+    vectors = given_vectors(loaded)
+    return TrainedRun(config, manifest, groups, reader, path, step, given, split, averages, id_maps, vectors)
 
 
-def _check_tables(path: Path, groups: Mapping[str, TableGroup], reader: TensorReader) -> None:
+def check_tables(path: Path, groups: Mapping[str, TableGroup], reader: TensorReader) -> None:
+    """Raises:
+    CheckpointError: a table has another shape than the log and the config say.
+    """
     for name, group in groups.items():
         for table in group.tables:
             shape = reader.shape(reader.table(name, group.table_name(table)))

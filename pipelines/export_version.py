@@ -18,12 +18,14 @@ from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import WIDTHS, Dtype
 from pipelines.export_parity import Parity, compare
 from pipelines.export_source import TrainedRun, open_run
+from pipelines.export_uncertainty import UncertaintyOptions, check_uncertainty, with_uncertainty
 from trainer.assemble import build_trainable, feature_rows
 from trainer.checkpoint import files as checkpoint_files
 from trainer.checkpoint.averages import Weights
 from trainer.config.tasks import names_of
 from trainer.data.batch import RequestBatch
 from trainer.data.living_ids import looked_up
+from trainer.data.similarity.encoding import features_of_tables
 from trainer.log.schema import LogManifest
 from trainer.log.vocabulary import stream_values
 from trainer.quality.overlap import LEAST_OVERLAP, Overlap, too_small
@@ -65,6 +67,7 @@ class ExportOptions:
         search: for a retrieval service: `vectors` writes those that are projected; `none` names the tables
             whose rows are vectors as they are, and writes nothing.
         weights: the dense ones: those of the last step, or their average over its phase.
+        uncertainty: how posteriors of the last maps are made; None: there are none.
     """
 
     dtype: Dtype = "fp32"
@@ -77,6 +80,7 @@ class ExportOptions:
     which: str = ""
     search: SearchKind = "none"
     weights: Weights = "raw"
+    uncertainty: UncertaintyOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,12 @@ def publish_version(
     Raises:
         SnapshotError: the snapshot would not score like the trainer, or the search by averaged weights keeps
             other behaviors, or it cannot be written; then nothing of it stays. CheckpointError: the run has
-            no usable checkpoint, or no whole average. DataError: there is no request to compare.
+            no usable checkpoint, or no whole average. DataError: there is no request to compare, or no label
+            of which posteriors could be made. ConfigError: the model can have none.
     """
     opened = open_run(run, options.which, options.weights, requests)
+    if options.uncertainty is not None:
+        check_uncertainty(opened)
     if options.aoti:
         # Before the tables are written, which takes long where they are large.
         model, _ = build_trainable(opened.config.without_lanes(), opened.manifest, torch.device("meta"))
@@ -150,7 +157,7 @@ def _write(
     """Everything of a version but its number, and how it compares to the trainer."""
     recorded, parity_requests = run.recorded(), options.parity_requests
     batches = (looked_up(batch, run.id_maps) for batch in run.compared(recorded, parity_requests))
-    of_tables = {**run.manifest.table_features, **run.manifest.table_context}
+    of_tables = {**features_of_tables(run.config.data, run.manifest), **run.manifest.table_context}
     parts = [name for name, info in of_tables.items() if info.field]
     found = rows_of_requests(batches, run.groups, run.config, parts)
     tables = {g.table_name(t): t.key for g in run.groups.values() for t in g.tables}
@@ -162,7 +169,7 @@ def _write(
     draft.write_dense(dense)
     facts = {"groups": draft.write_tables(), "search": draft.write_search(dense)}
     known = {**run.manifest.features, **run.manifest.context}
-    ids = draft.write_ids(run.id_maps, known)
+    ids, vectors = draft.write_ids(run.id_maps, known), draft.write_vectors(run.vectors, known)
     trainer = PartialModel(run.config, run.manifest, ranks, dense, found, run.id_maps)
     if run.averages:
         _check_overlap(part, trainer, run, raw, [*run.compared(recorded, parity_requests)])
@@ -183,6 +190,7 @@ def _write(
         numeric=tuple(run.manifest.numeric),
         features=rows | {name: each.rules.rows for name, each in run.id_maps.items() if name in rows},
         ids=ids,
+        vectors=vectors,
         inputs=inputs,
         recorded_features=tuple(recorded.features.keys()),
         recorded_context=() if recorded.context is None else tuple(recorded.context.keys()),
@@ -196,6 +204,8 @@ def _write(
         **facts,
     )
     snapshot = finish(draft, manifest, recorded, trainer.score(recorded))
+    if options.uncertainty is not None:
+        snapshot = with_uncertainty(snapshot, run, options.uncertainty)
     return snapshot.manifest, _check(snapshot, trainer, run, ranks, parity_requests)
 
 
@@ -266,8 +276,12 @@ def _check_overlap(
 def inputs_of(manifest: LogManifest, batch: RequestBatch) -> dict[str, InputFeature]:
     """What carries the features of a batch, as the log has it."""
     inputs = {}
+    of_log = manifest.table_features
     for key in batch.features.keys():  # noqa: SIM118 - no dict
-        name = manifest.table_features[key].field or key
+        if key not in of_log:
+            # A similarity, which nobody sends along.
+            continue
+        name = of_log[key].field or key
         info = manifest.features[name]
         inputs[name] = InputFeature(side=info.side, multi=info.multi, encoder=info.encoder)
     for key in () if batch.context is None else batch.context.keys():

@@ -29,6 +29,8 @@ _REMEDY = (
 _PROBABLE = ("logloss", "ne", "pcoc", "ece")
 # A model is compared with baselines by these, and by whether more is better.
 _COMPARED = {"auc": ("AUC", 1), "gauc": ("GAUC", 1), "logloss": ("logloss", -1)}
+# What slices show, each with its interval.
+_WITH_INTERVALS = ("auc", "gauc", "logloss", "pcoc")
 # What tables of all tasks show by domain.
 _TITLES = {"auc": "AUC", "logloss": "logloss", "pcoc": "PCOC"}
 # PCOC outside of this is worth a sentence, if the split has enough positives to tell.
@@ -54,18 +56,25 @@ def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[
     """The model of one task beside its baselines, and by how much it leads the best of them."""
     k = shown_rank(metrics)
     names = ["gauc", "gauc_user", f"hr_{k}", *([f"ndcg_{k}"] if k > 1 else []), *_PROBABLE]
+    weighted = metrics.pcoc_weighted is not None
+    names += ["pcoc_weighted"] if weighted else []
     head = [task, "AUC", "GAUC", "user GAUC", f"HR@{k}", *([f"NDCG@{k}"] if k > 1 else [])]
     entries = {_MODEL: metrics.as_dict(), **{title(name, feature): row for name, row in table.items()}}
     rows = []
     for name, row in entries.items():
         others = (number(row[each]) if each in row else "-" for each in names)
         rows.append([name, _with_interval(row["auc"], row["auc_ci"]), *others])
-    lines = table_lines([*head, "logloss", "NE", "PCOC", "ECE"], rows)
+    titles = ["logloss", "NE", "PCOC", "ECE", *(["weighted PCOC"] if weighted else [])]
+    lines = table_lines([*head, *titles], rows)
     share = f"{metrics.positives:,} positive ({metrics.positives / max(metrics.samples, 1):.1%})"
     lines.append(
         f"{share} of {metrics.samples:,} labelled; GAUC, HR and NDCG over the {metrics.groups:,} requests "
         f"with both classes, user GAUC over {metrics.users:,} users"
     )
+    if any(half > 0 for half in (metrics.gauc_ci, metrics.logloss_ci, metrics.pcoc_ci)):
+        shown = (("GAUC", "gauc"), ("logloss", "logloss"), ("PCOC", "pcoc"))
+        words = (f"{name} {_interval(metrics, metric)}" for name, metric in shown)
+        lines.append(f"trained model, 95 % intervals over users: {', '.join(words)}")
     if best := _lead(metrics, table, feature):
         lines.append("AUC of the trained model less that of {}: {}".format(*best))
     return lines
@@ -73,6 +82,11 @@ def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[
 
 def _with_interval(value: float, half: float) -> str:
     return number(value) + (f" ± {number(half)}" if half > 0 and not math.isnan(value) else "")
+
+
+def _interval(metrics: Metrics, metric: str) -> str:
+    """A metric that has an interval, with it."""
+    return _with_interval(getattr(metrics, metric), getattr(metrics, f"{metric}_ci"))
 
 
 def _lead(metrics: Metrics, table: Table, feature: str) -> tuple[str, str] | None:
@@ -95,7 +109,7 @@ def slices_table(task: str, slices: Mapping[str, Metrics]) -> list[str]:
     head = [f"{task}, by behaviors seen", "candidates", "positive", "AUC", "GAUC", "logloss", "PCOC"]
     rows = []
     for name, part in slices.items():
-        numbers = map(number, (part.auc, part.gauc, part.logloss, part.pcoc))
+        numbers = (_interval(part, metric) for metric in _WITH_INTERVALS)
         rows.append([name, f"{part.samples:,}", f"{part.positives:,}", *numbers])
     return table_lines(head, rows)
 
@@ -129,9 +143,9 @@ def report(
                 lines += ["", *domains_table(task, measured.of_task(task), domain)]
     else:
         lines += ["", *tasks_table(measured.tasks, tables, feature)]
-        auc = {task: {name: part.auc for name, part in slices[task].items()} for task in observed}
+        auc = {t: {name: _interval(part, "auc") for name, part in slices[t].items()} for t in observed}
         if observed:
-            lines += ["", *_matrix("AUC by behaviors seen", {t: _shown(own) for t, own in auc.items()})]
+            lines += ["", *_matrix("AUC by behaviors seen", auc)]
         if observed and measured.domains:
             lines += domain_matrices(replace(measured, tasks=observed), domain)
     pairs = {pair: strata for pair, strata in pairs.items() if observed.keys() >= set(pair)}
@@ -146,7 +160,7 @@ def tasks_table(metrics: Mapping[str, Metrics], tables: Mapping[str, Table], fea
         best = _lead(own, tables[task], feature) or ("-", "-")
         numbers = map(number, (own.gauc, own.logloss, own.pcoc))
         counts = f"{own.samples:,}", f"{own.positives:,}"
-        rows.append([task, *counts, _with_interval(own.auc, own.auc_ci), *numbers, *best])
+        rows.append([task, *counts, _interval(own, "auc"), *numbers, *best])
     return table_lines([*head, "best baseline", "AUC lead"], rows)
 
 
@@ -157,8 +171,8 @@ def domains_table(task: str, domains: Mapping[str, Metrics], feature: str) -> li
     rows = []
     for name in shown:
         own = domains[name]
-        counts, auc = (f"{own.samples:,}", f"{own.positives:,}"), _with_interval(own.auc, own.auc_ci)
-        rows.append([name, *counts, auc, *map(number, (own.gauc, own.logloss, own.pcoc))])
+        numbers = (_interval(own, metric) for metric in _WITH_INTERVALS)
+        rows.append([name, f"{own.samples:,}", f"{own.positives:,}", *numbers])
     over = OverDomains.of(domains)
     if several := len(over.metrics) > 1:
         mean = f"mean of {len(over.metrics)} domains"
@@ -184,8 +198,8 @@ def _not_compared(domains: Sequence[str]) -> str:
 
 def _worst(over: OverDomains, metric: str) -> str:
     name = over.worst(metric)
-    value, half = over.value(name, metric), over.value(name, "auc_ci") if metric == "auc" else math.nan
-    return f"{name} by {_TITLES[metric]} ({_with_interval(value, half)})"
+    shown = _with_interval(over.value(name, metric), over.value(name, f"{metric}_ci"))
+    return f"{name} by {_TITLES[metric]} ({shown})"
 
 
 def domain_matrices(measured: SplitMetrics, feature: str) -> list[str]:
@@ -198,9 +212,7 @@ def domain_matrices(measured: SplitMetrics, feature: str) -> list[str]:
         columns: dict[str, dict[str, str]] = {}
         for task in measured.tasks:
             own = {name: measured.domains[name][task] for name in shown}
-            columns[task] = _shown({name: getattr(part, metric) for name, part in own.items()})
-            if metric == "auc":
-                columns[task] = {name: _with_interval(part.auc, part.auc_ci) for name, part in own.items()}
+            columns[task] = {name: _interval(part, metric) for name, part in own.items()}
             if metric in COMPARED and any(len(found.metrics) > 1 for found in over.values()):
                 worst = over[task].worst(metric) if len(over[task].metrics) > 1 else None
                 mean = math.nan if worst is None else over[task].mean(metric)
@@ -223,7 +235,7 @@ def balance_table(pairs: Mapping[Pair, Mapping[str, Stratum]]) -> list[str]:
     rows = []
     for name, stratum in pairs[pair].items():
         own = [stratum.metrics[task] for task in pair]
-        numbers = [[_with_interval(m.auc, m.auc_ci), _with_interval(m.gauc, m.gauc_ci)] for m in own]
+        numbers = [[_interval(m, "auc"), _interval(m, "gauc")] for m in own]
         rows.append([name, f"{stratum.users:,}", f"{stratum.candidates:,}", *numbers[0], *numbers[1]])
     lines = table_lines([*head, *(f"{task} {what}" for task in pair for what in ("AUC", "GAUC"))], rows)
     counted_in = next(iter(pairs[pair].values())).counted_in
@@ -253,10 +265,6 @@ def _largest(sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
     others = len(names) - _MOST_DOMAINS
     hidden = [f"and {others:,} smaller domains, see summary.json"] if others > 0 else []
     return names[:_MOST_DOMAINS], hidden
-
-
-def _shown(values: Mapping[str, float]) -> dict[str, str]:
-    return {name: number(value) for name, value in values.items()}
 
 
 def _matrix(corner: str, columns: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
+from torch import Tensor
 
 from embeddings.errors import DataError, SnapshotError
 from pipelines.console import quiet_third_parties
 from trainer.config.tasks import labels_of, named_tasks
+from trainer.data.batch import RequestBatch
 from trainer.data.reader import SequenceLogReader
 from trainer.data.row_group import read_footer
 from trainer.log.known_values import map_values
@@ -18,10 +20,11 @@ from trainer.log.schema import VOCABULARIES, LogManifest, read_manifest
 from trainer.quality.compare import compare_scores
 from trainer.quality.evaluate import score_in_order
 from trainer.quality.score_files import ScoreFiles
-from trainer.quality.scored import SAMPLED, Scored, write_scores
+from trainer.quality.scored import SAMPLED, Names, Scored, write_scores
 from trainer.ranks.machine import keep_freed_memory
 from trainer.sealed_folder import scratch
 from trainer.snapshot import Snapshot, load_fetched, shown
+from trainer.snapshot.uncertainty import LACKING
 
 # Column of a file of scores -> whose names it has.
 _NAME_COLUMNS = {"user": "user_id", "request": "request_id"}
@@ -35,6 +38,7 @@ def score(
     out: Path,
     against: Path | None = None,
     cache: Path | None = None,
+    uncertainty: bool = False,
 ) -> Path:
     """Score the first `limit` requests (0 = all) of a split of a sequence log into a Parquet file.
 
@@ -45,6 +49,8 @@ def score(
         against: scores of `tandemrec evaluate` to compare with; a difference above the snapshot's own bounds
             is an error.
         cache: where a snapshot in an object store is fetched to; None: the user's caches.
+        uncertainty: of each task, beside `score_<task>`, write `mean_<task>` and `deviation_<task>` of the
+            logit, and `probability_<task>` with the deviation in it.
 
     Raises:
         SnapshotError: the snapshot is corrupt, or scores differ. DataError: the log is malformed.
@@ -55,6 +61,8 @@ def score(
         refuse_sample(against)
     loaded = load_fetched(snapshot, cache)
     loaded.self_check()
+    if uncertainty and not loaded.posteriors:
+        raise SnapshotError(loaded.path, f"{LACKING}, as --uncertainty asks for")
     manifest = read_manifest(requests)
     manifest.require(split)
     reader, left_out = open_requests(loaded, requests, split)
@@ -62,8 +70,10 @@ def score(
     if mine != wanted:
         raise DataError(f"has numbers {mine}, the snapshot was trained with {wanted}", file=requests)
     loaded.check_vocabularies({**reader.columns.features, **reader.columns.context}, requests)
-    counted = _Counted(score_in_order(loaded.score, reader, limit))
-    remarks = [*left_out, *write_named_scores(counted, out, requests, manifest)]
+    judging = _Judging(loaded) if uncertainty else None
+    counted = _Counted(score_in_order(judging or loaded.score, reader, limit))
+    beside = None if judging is None else judging.columns
+    remarks = [*left_out, *write_named_scores(counted, out, requests, manifest, beside=beside)]
     size = f"{counted.candidates:,} candidates of {counted.requests:,} requests"
     print(f"{size} scored by {shown(snapshot, loaded.path)} -> {out}", *remarks, sep="\n")
     if against is not None:
@@ -91,6 +101,28 @@ def refuse_sample(file: Path) -> None:
     if sampled := metadata.get(SAMPLED.encode()):
         problem = f"holds a sample of its split ({sampled.decode()} candidates), and all requests are scored"
         raise DataError(f"{problem}; compare with scores of `evaluate` without --sample", file=file)
+
+
+class _Judging:
+    """Scores batches, and keeps what else is known of the last one."""
+
+    def __init__(self, loaded: Snapshot) -> None:
+        self._loaded = loaded
+        self._last: dict[str, Tensor] = {}
+
+    def __call__(self, batch: RequestBatch) -> Tensor:
+        judged = self._loaded.judge(batch)
+        kinds = {"mean": judged.mean, "deviation": judged.deviation, "probability": judged.probability}
+        self._last = {
+            f"{kind}_{task}": values_CT[:, place]
+            for place, task in enumerate(self._loaded.manifest.tasks)
+            for kind, values_CT in kinds.items()
+        }
+        return judged.mean.sigmoid()
+
+    def columns(self, chunk: Scored) -> Mapping[str, pa.Array]:
+        """Of the chunk that `score_in_order` has just made: the first candidates of the last batch."""
+        return {name: pa.array(values[: chunk.size].numpy()) for name, values in self._last.items()}
 
 
 class _Counted:
@@ -125,7 +157,7 @@ def open_requests(loaded: Snapshot, log: Path, split: str) -> tuple[SequenceLogR
     if data.domain and data.domain not in {*described.features, *manifest.features, *manifest.context}:
         remarks.append(f"the log has no feature {data.domain}: the scores have no domain")
         data = data.model_copy(update={"domain": ""})
-    return SequenceLogReader(data, split, loaded.id_bounds(), tasks=tasks), remarks
+    return SequenceLogReader(data, split, loaded.id_bounds(), tasks=tasks, vectors=loaded.vectors), remarks
 
 
 def write_named_scores(
@@ -134,13 +166,14 @@ def write_named_scores(
     log: Path,
     manifest: LogManifest,
     sampled: tuple[int, int] | None = None,
+    beside: Names | None = None,
 ) -> list[str]:
     """Write the scores, with the names `user` and `request` where the log has names; returns remarks.
 
     Names that cannot be read are left out and remarked on: they must not cost the scores.
 
     Args:
-        sampled: see `write_scores`.
+        sampled: see `write_scores`; beside: further columns.
     """
     names: dict[str, tuple[str, pa.Array]] = {}
     remarks = []
@@ -156,7 +189,7 @@ def write_named_scores(
             remarks.append(f"the scores have no column {column}: {error}")
 
     def named(chunk: Scored) -> dict[str, pa.Array]:
-        found = {}
+        found = dict(beside(chunk)) if beside else {}
         for column, (key, values) in names.items():
             ids = getattr(chunk, key)
             found[column] = values.take(pa.array(ids - 1, mask=(ids < 1) | (ids > len(values))))

@@ -38,6 +38,7 @@ from trainer.checkpoint.dense_start import TaskHeads
 from trainer.checkpoint.files import bytes_of_all
 from trainer.checkpoint.plain_ids import take_ids
 from trainer.checkpoint.same_tasks import check_same_tasks
+from trainer.checkpoint.same_vectors import vector_lines
 from trainer.checkpoint.warm_start import check_source, fill, open_source
 from trainer.config.ids import check_kernels
 from trainer.config.places import place_of
@@ -46,6 +47,7 @@ from trainer.data.batch import pinning
 from trainer.data.living_ids import Finder, looking_up
 from trainer.data.observed import unobserved_lines
 from trainer.data.reader import SequenceLogReader, Step
+from trainer.data.similarity.encoding import similarity_features
 from trainer.data.stream.source import SPLIT
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.loop.attempts import note_start
@@ -164,7 +166,8 @@ class Start:
 
             def filled(tensors: dict[str, Any]) -> None:
                 # Ranks read different rows of large files, some for longer than a collective waits.
-                given = source, log, self.manifest, heads, carry, self.config.id_rules
+                more = similarity_features(self.config.data)
+                given = source, log, self.manifest, heads, carry, self.config.id_rules, more
                 every = from_every_rank(lambda: fill(tensors, *given), slow=True)
                 lines.extend(every[0])
 
@@ -228,9 +231,8 @@ def open_start(
         check_same_order(resume.path, resume.state, train.order, config.data.log)
     for problem in [*train.skipped, *(validation.skipped if validation else [])]:
         print(f"[rank {ranks.rank}] skipped: {problem}", flush=True)
-    for line in remarks(config, manifest, groups):
-        say(line)
-    for line in task_lines(config, manifest, train):
+    of_vectors = vector_lines(resume.state, train.vectors, where)
+    for line in [*remarks(config, manifest, groups), *of_vectors, *task_lines(config, manifest, train)]:
         say(line)
     if validation is not None and validation.sample is not None:
         drawn = validation.sample.line(validation.expected, validation.candidates)

@@ -63,7 +63,7 @@ def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
 def _settings(config: Path, overrides: Sequence[str]) -> Config:
     settings = load_config(config, overrides)
     # Kept in the run, which other commands may read from another folder.
-    here = settings.data.model_copy(update={"log": settings.data.log.absolute()})
+    here = settings.data.absolute()
     file = settings.plan.file and str(place_of("plan.file", settings.plan.file).absolute())
     placed = settings.plan.model_copy(update={"file": file})
     quiet_third_parties()
@@ -99,6 +99,9 @@ def run(
         # Rank 0 holds the folder's lock; all hear where it cannot.
         from_rank_0(lambda: opened.enter_context(folder.lock()))
         end = trainer.run(resume)
+    if start.train.vectors:
+        found = {name: each.counts.entry() for name, each in start.train.vectors.items()}
+        from_rank_0(lambda: folder.update_summary({"vectors": found}))
     _conclude(trainer, end, resume, start.manifest, say)
 
 

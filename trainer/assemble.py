@@ -33,6 +33,7 @@ from trainer.config.places import place_of
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import flat_settings
 from trainer.data.domain import DomainColumn
+from trainer.data.similarity.encoding import features_of_tables
 from trainer.log.schema import ANY_ID, LogManifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.sizes import Dimensions
@@ -80,9 +81,10 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
         ConfigError: as `build_groups`; or a group of kind `sequence` has a feature whose bags need not hold
             exactly one id; or candidates cannot be grouped, or behaviors matched, by a branch's feature.
     """
-    items = {name: info.rows for name, info in manifest.table_features.items()}
+    of_items = features_of_tables(config.data, manifest)
+    items = {name: info.rows for name, info in of_items.items()}
     contexts = {name: info.rows for name, info in manifest.table_context.items()}
-    features = {**manifest.table_features, **manifest.table_context}
+    features = {**of_items, **manifest.table_context}
     config = with_parts(config, manifest)
     tasks = resolve_tasks(config.tasks, manifest.tasks)
     if config.data.domain:
@@ -117,7 +119,7 @@ def with_parts(config: Config, manifest: LogManifest) -> Config:
     Raises:
         ConfigError: `tables` or `ids` names such a number, or a part of it: its encoder says its rows.
     """
-    known = {**manifest.table_features, **manifest.table_context}
+    known = {**features_of_tables(config.data, manifest), **manifest.table_context}
     parts: dict[str, list[str]] = {}
     for part, info in known.items():
         if info.field:

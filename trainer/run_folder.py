@@ -321,7 +321,8 @@ def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float
     A metric without a value has no point. What is said over all domains has tags like these. Domains have a
     few curves each, `SPLIT by domain/DOMAIN/...`, unless there are so many that nobody would look at them.
     The shares of branches are `SPLIT/lambda/BRANCH`. What `trainer.update.dominance` reports is
-    `dominance mean/UNIT/TASK` and `dominance dominated/UNIT/TASK`.
+    `dominance mean/UNIT/TASK` and `dominance dominated/UNIT/TASK`; that of `trainer.update.gradient_watch` is
+    `gradient norm/UNIT/ROLE`, `gradient cosine/UNIT` and `gradients in conflict/UNIT`, the share of rows.
     """
     for branch, share in values.get("lambda", {}).items():
         yield f"{split}/lambda/{branch}", share
@@ -332,8 +333,17 @@ def on_board(split: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float
     for kind, units in values.get("dominance", {}).items():
         for unit, of_tasks in units.items():
             yield from ((f"dominance {kind}/{unit}/{task}", share) for task, share in of_tasks.items())
+    yield from _of_gradients(values.get("gradients", {}))
     for domain, entry in domains.items() if len(domains) <= _MOST_DOMAINS else ():
         yield from _curves(f"{split} by domain/{domain}", entry, _OF_DOMAINS)
+
+
+def _of_gradients(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for unit, roles in found.get("norm", {}).items():
+        yield from ((f"gradient norm/{unit}/{role}", norm) for role, norm in roles.items())
+    for unit, cosine in found.get("cosine", {}).items():
+        yield f"gradient cosine/{unit}", cosine
+        yield f"gradients in conflict/{unit}", found["conflict"][unit]["rows"]
 
 
 def _curves(

@@ -20,6 +20,7 @@ from trainer.data.blocks import LazyRows, WindowedRows, cut_blocks
 from trainer.data.files import RowGroup
 from trainer.data.row_group import read_footer
 from trainer.data.rows import read_plan
+from trainer.data.similarity.encoding import features_of_tables
 from trainer.data.stream.source import SPLIT
 from trainer.log.schema import LogManifest
 from trainer.model.settings import BranchConfig, ModelConfig
@@ -143,7 +144,7 @@ def lookups(
     early, late = (early | represent, set()) if lookup == "full" else (early, represent - early)
     kept = kept_behaviors(config.model, size, device)
     of_requests = [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
-    of_table, infos, contexts = {}, manifest.table_features, manifest.table_context
+    of_table, infos, contexts = {}, features_of_tables(config.data, manifest), manifest.table_context
     for name, group in groups.items():
         for table in group.all_tables:
             feature = table.feature

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticKnownError
 
+from pipelines.ingest.exposure_config import ExposureConfig
 from pipelines.ingest.protocols.protocol import RequestProtocol
 from pipelines.ingest.protocols.table import PROTOCOLS
 from pipelines.ingest.sections import (
@@ -110,6 +111,16 @@ class IngestConfig(Settings):
         """What the impressions say of each label; a label that a protocol makes is always observed."""
         return dict(self.impressions.labels) if self.request_protocol.reads_impressions else {}
 
+    @property
+    def label_weights(self) -> tuple[str, ...]:
+        """The labels with a weight of their own in the log: given, or made of repeated exposures."""
+        return tuple(task for task, label in self.labels.items() if label.weight or self.exposure)
+
+    @property
+    def exposure(self) -> ExposureConfig | None:
+        """What repeated exposures weigh; None: nothing is made of them."""
+        return self.impressions.exposure if self.request_protocol.reads_impressions else None
+
     def context_of(self, table: Literal["events", "impressions", "users"]) -> dict[str, ContextConfig]:
         """context_* -> the context that comes from a table."""
         return {f"context_{entry.name}": entry for entry in self.context if entry.table == table}
@@ -128,7 +139,7 @@ class IngestConfig(Settings):
         names.update(TAKEN - {"item_id"})
         names.update(f"context_{entry.name}" for entry in self.context)
         names.update(f"label_{task}" for task in self.tasks)
-        names.update(f"weight_{task}" for task, label in self.labels.items() if label.weight)
+        names.update(f"weight_{task}" for task in self.label_weights)
         names.update(f"numeric_{name}" for name in self.impressions.numeric)
         names.update(f"numeric_{name}" for name in self.numbers if name not in self.impressions.numeric)
         for entry in (*self.all_features, *self.context):

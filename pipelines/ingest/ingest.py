@@ -27,6 +27,7 @@ from pipelines.ingest.downloads import downloads
 from pipelines.ingest.encode import encode, in_buckets, narrow
 from pipelines.ingest.engine import Engine, connect, count_rows
 from pipelines.ingest.events import EVENTS, IMPRESSIONS, RAW_TABLES, open_events, open_impressions
+from pipelines.ingest.exposure import check_feature
 from pipelines.ingest.files import Files, find_files
 from pipelines.ingest.names import NUMBERED, agree, with_numbers
 from pipelines.ingest.numbers import NumberColumns
@@ -185,6 +186,8 @@ def _open(
     else:
         table, duplicates = open_domains(engine, config, survey)
     survey.notes += unread_settings(config, survey)
+    if shown:
+        check_feature(config.impressions, shown[IMPRESSIONS], side.get(ITEMS))
     return OpenTables({EVENTS: table, **shown, **side}, survey, source, duplicates)
 
 
@@ -212,7 +215,7 @@ def _write_log(
         weighted=shows and bool(config.impressions.weight),
         tasks=list(config.tasks),
         partial=[task for task, label in config.labels.items() if label.partial],
-        label_weights=[task for task, label in config.labels.items() if label.weight],
+        label_weights=list(config.label_weights),
         taxonomy=list(config.events.levels),
         named=named,
         columns=raw.survey.columns,

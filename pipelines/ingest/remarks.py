@@ -208,7 +208,7 @@ def lone_predictors(engine: Engine, offered: ir.Table, config: IngestConfig) -> 
     sample = train.select("candidates", *context, _key=key)
     if total > _ROWS:
         sample = sample.filter(sample["_key"] < f"{(_ROWS << 32) // total:08x}")
-    weights = {"weight", *(f"weight_{task}" for task, label in config.labels.items() if label.weight)}
+    weights = {"weight", *(f"weight_{task}" for task in config.label_weights)}
     found = _columns(list(engine.stream(sample, 1024)), context, weights)
     if not found:
         return []

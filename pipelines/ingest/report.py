@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine, count_rows
+from pipelines.ingest.exposure import exposure_lines
 from pipelines.ingest.numbers import number_lines
 from pipelines.ingest.protocols.protocol import Tables
 from pipelines.ingest.remarks import Span, lone_lines, remark_lines
@@ -67,6 +68,8 @@ def full_report(engine: Engine, counts: Counts, config: IngestConfig) -> dict[st
     if config.request_protocol.draws_negatives:
         new = counts.requests.new_positives
         report["positives_new_items"] = {split: new[split] for split in counts.splits}
+    if exposure := counts.requests.exposures.report():
+        report["exposure"] = exposure
     if config.vocabulary.log:
         report["new_values"] = {
             name: {"values": values, "occurrences": occurrences}
@@ -118,11 +121,16 @@ def report_lines(manifest: LogManifest) -> list[str]:
         for reason, count in report["dropped"].items()
         if count
     ]
+    lines += exposure_lines(report.get("exposure", {}), _exposure_settings(manifest))
     lines += _feature_lines(manifest)
     lines += _time_lines(manifest) + remark_lines(manifest)
     lines += lone_lines(manifest.report, manifest.features)
     lines += column_lines(manifest.columns, manifest.notes)
     return sorted(lines, key=lambda line: line.startswith("WARNING"))
+
+
+def _exposure_settings(manifest: LogManifest) -> dict[str, Any]:
+    return manifest.ingest.get("impressions", {}).get("exposure") or {}
 
 
 def _feature_lines(manifest: LogManifest) -> list[str]:

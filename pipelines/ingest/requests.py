@@ -13,6 +13,7 @@ from pipelines.ingest.attributes import Attributes, item_attributes, with_attrib
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.encode import no_ids
 from pipelines.ingest.engine import Engine, count_rows
+from pipelines.ingest.exposure import ExposureCounts, weighted
 from pipelines.ingest.portable_hash import digest
 from pipelines.ingest.protocols.negatives import past_events
 from pipelines.ingest.protocols.protocol import REQUEST, Past, Tables
@@ -29,6 +30,7 @@ class Requests:
         offers: the eligible ones with their candidates.
         attributes: what the events say of the candidates' items.
         new_positives: split -> positives whose item no earlier event has.
+        exposures: how often users were shown before what they are offered.
     """
 
     every: ir.Table
@@ -36,6 +38,7 @@ class Requests:
     offers: ir.Table
     attributes: Attributes
     new_positives: Mapping[str, int]
+    exposures: ExposureCounts
 
 
 def make_requests(
@@ -62,6 +65,7 @@ def make_requests(
         timed = timed_requests(part, protocol.requests(part, config), users, config)
         every = engine.append("requests", timed.mutate(bucket=ibis.literal(bucket).cast("int64")))
         eligible = engine.append("asked", eligible_requests(every.filter(every.bucket == bucket), config))
+    exposures = ExposureCounts(config.labels, config.exposure)
     rounds, new = draw_rounds(count_rows(engine, eligible), events, buckets, config), Counter[str]()
     for round_ in range(rounds):
         first, end = (buckets * edge // rounds for edge in (round_, round_ + 1))
@@ -76,11 +80,13 @@ def make_requests(
             unseen = timed.filter(timed.since >= timed.timestamp)
             counts = engine.rows(unseen.group_by("split").aggregate(rows=unseen.count()))
             new.update({row["split"]: int(row["rows"]) for row in counts})
+        exposures.add(engine, candidates, some)
+        candidates = weighted(candidates, config.labels, config.exposure)
         full = with_attributes(engine, attributes, candidates, some, round_)
         offered = engine.append("offers", offers(some, full, config))
     for name in ("candidates", "past_events", "past_seconds"):
         engine.drop(name)
-    return Requests(every, eligible, offered, attributes, new)
+    return Requests(every, eligible, offered, attributes, new, exposures)
 
 
 def trial_users(requests: ir.Table, config: IngestConfig) -> ir.Table:

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipelines.ingest.exposure_config import ExposureConfig
 from trainer.config.mistakes import NAME
 from trainer.config.places import PlaceText
 from trainer.config.toml import Settings
@@ -198,6 +199,7 @@ class ImpressionsConfig(RoleColumns):
     """The columns of numbers that candidates have."""
     domain: str = ""
     """With [[domains]], the domain whose items are shown."""
+    exposure: ExposureConfig | None = None
 
 
 class DomainConfig(Settings):

@@ -88,7 +88,7 @@ def for_stream(config: Config, stream: Path) -> tuple[Config, list[str]]:
     left += [f"train.tables.{key}" for key, value in of_tables.items() if getattr(tables, key) != value]
     lines = [f"learning rates of a stream are constant: {', '.join(left)} left aside"] if left else []
     update = {**constant, "epochs": 1, "tables": tables.model_copy(update=of_tables)}
-    data = config.data.model_copy(update={"log": stream.absolute()})
+    data = config.data.model_copy(update={"log": stream}).absolute()
     return config.model_copy(update={"train": train.model_copy(update=update), "data": data}), lines
 
 

@@ -171,7 +171,7 @@ async def _answer(request: Request, service: Service, hold: Hold) -> Response:
     del given
     hold.resize(sum(each.bytes for each in decoded.requests))
     service.metrics.stage.labels("decode").observe(time.perf_counter() - arrived)
-    scored = await service.batcher.score(scorer, decoded.requests, decoded.explain)
+    scored = await service.batcher.score(scorer, decoded.requests, decoded.explain, decoded.exploration)
     service.metrics.unknown.inc(sum(sum(part.unknown.values()) for part in scored))
     as_arrow = arrow_body.MEDIA_TYPE in request.headers.get("accept", "")
     content = encode(scored, scorer, decoded, as_arrow)
@@ -202,6 +202,7 @@ def _health(service: Service) -> HealthBody:
         living=sorted(name for name in scorer.needs.living if "@" not in name),
         hashed=sorted(name for name in scorer.needs.hashed if "@" not in name),
         users=users,
+        uncertainty=bool(scorer.snapshot.posteriors),
         uptime_seconds=time.monotonic() - service.started,
         refused={"version": refused[0], "problem": refused[1]} if refused else None,
         updates=failing,

@@ -20,8 +20,23 @@ class KeptBody(BaseModel):
     weights: list[float]
 
 
+class SurenessBody(BaseModel):
+    """How sure the model is of the logit of every candidate, for one task.
+
+    Attributes:
+        mean, deviation: of the logit; probability: with the deviation in it.
+        explore: logits to rank by, where asked for.
+    """
+
+    mean: list[float]
+    deviation: list[float]
+    probability: list[float]
+    explore: list[float] | None = None
+
+
 class ResultBody(BaseModel):
-    """Of one request: a probability for every candidate and task; `kept` by branch where asked for.
+    """Of one request: a probability for every candidate and task; `kept` by branch and `uncertainty` by
+    task where asked for.
 
     Attributes:
         history_used: behaviors that the model could see: older than the request, and at most as many as it
@@ -36,6 +51,7 @@ class ResultBody(BaseModel):
     items: list[int | str] | None = None
     unknown: dict[str, int] | None = None
     kept: dict[str, list[KeptBody]] | None = None
+    uncertainty: dict[str, SurenessBody] | None = None
 
 
 class AnswerBody(BaseModel):
@@ -67,6 +83,7 @@ class HealthBody(BaseModel):
         raw: features whose raw values may be sent instead of ids.
         living: features whose ids come and go, and may be any 64-bit integers; hashed: those of them that may
             be sent as text in a body of raw values.
+        uncertainty: whether it can say how sure it is.
         users: what a raw `user_id` is, `text` or `integers`; None: the server has no histories.
         refused: the newest version that was refused; updates: why newer ones cannot be looked for.
     """
@@ -85,6 +102,7 @@ class HealthBody(BaseModel):
     living: list[str]
     hashed: list[str]
     users: str | None
+    uncertainty: bool
     uptime_seconds: float
     refused: dict[str, str] | None
     updates: UpdatesBody | None

@@ -39,7 +39,7 @@ class PlantedSplit:
         probabilities: task -> float64 [U, R, M], P(label = 1 | it is observed).
         labels: task -> float32 [U, R, M], one draw from it; NaN where it was not observed.
         segment: [U], which kind of user each one is, where the law of the labels tells kinds apart.
-        numbers: name -> float32 [U, R, M], numbers that candidates have.
+        numbers: name -> float [U, R, M], numbers that candidates have.
     """
 
     user_id: Ints
@@ -52,7 +52,7 @@ class PlantedSplit:
     probabilities: Mapping[str, Floats]
     labels: Mapping[str, Labels]
     segment: Ints | None = None
-    numbers: Mapping[str, Labels] = field(default_factory=dict)
+    numbers: Mapping[str, Floats | Labels] = field(default_factory=dict)
 
     @property
     def probability(self) -> Floats:
@@ -155,6 +155,7 @@ class PlantedLog:
         raw: the features whose ids are any 64-bit integers; these have 1 row.
         encoders: the features that are numbers, of which splits have codes; these have 1 row.
         facts: what else the manifest tells of the log.
+        vectors: [items + 1, dim], pre-trained vectors of the items by their ids; None: there are none.
     """
 
     features: Mapping[str, int]
@@ -163,6 +164,7 @@ class PlantedLog:
     raw: Set[str] = frozenset()
     encoders: Mapping[str, AnyEncoder] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    vectors: Floats | None = None
 
     @property
     def tasks(self) -> list[str]:

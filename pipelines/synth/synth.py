@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 from embeddings.errors import ConfigError, hint_of
 from pipelines.console import table_lines
 from pipelines.synth.kinds import KINDS
+from pipelines.synth.log import nested
 from trainer.log.schema import VOCABULARIES, FeatureInfo, LogManifest, schema_of
 from trainer.log.writer import check_target, staged, write_manifest, write_split
 from trainer.quality.metrics import entry_of
 
-TRUTH = "truth.parquet"
+TRUTH, VECTORS = "truth.parquet", "vectors.parquet"
 _LAYOUT = (256, 4096)  # rows a row group (some MB) and a file
 
 
@@ -24,6 +25,8 @@ def synth(
     out: Path, kind: str = "relevance", seed: int = 7, users: int = 0, overwrite: bool = False
 ) -> LogManifest:
     """Write a planted log at `out`, with `<out>/truth.parquet`, and print what an oracle achieves on it.
+
+    Pre-trained vectors of items, where the kind has some, go to `<out>/vectors.parquet`.
 
     The same arguments write the same bytes. The truth has one row a candidate: split, user_id, request_id,
     candidate and probability, keyed like the scores that `evaluate` keeps; see `PlantedSplit.truth` for logs
@@ -71,6 +74,10 @@ def synth(
             for split, part in log.splits.items()
         }
         _write_parquet(truth, root / TRUTH)
+        if log.vectors is not None:
+            ids = pa.array(np.arange(1, len(log.vectors)))
+            vectors = nested(log.vectors[1:].astype(np.float32))
+            _write_parquet(pa.table({"item_id": ids, "vector": vectors}), root / VECTORS)
         (root / VOCABULARIES).mkdir()
         for name, rows in log.features.items():
             if name in log.raw or name in log.encoders:

@@ -1,6 +1,8 @@
 """Run on two ranks: the information abundance of tables in every sharding, and of the same tables unsharded.
 
-torchrun --nproc-per-node 2 -m tests.programs.abundance OUT.json
+torchrun --nproc-per-node 2 -m tests.programs.abundance OUT.json CHECKPOINTS
+
+A checkpoint of each sharding stays in CHECKPOINTS/SHARDING, for a reader that has no ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from embeddings.plan.planner import make_plan
 from embeddings.plan.request import PlanRequest
 from tests.programs.tables_on_ranks import SEED, TYPES, case_of
 from trainer.assemble import cluster_of
+from trainer.checkpoint import save_load
 from trainer.quality import information_abundance as module
 from trainer.ranks.process_group import process_group
 
@@ -34,7 +37,9 @@ def main() -> None:
             model = torch.nn.ModuleDict({"collections": torch.nn.ModuleDict({"all": collection})})
             plan = make_plan(PlanRequest(model, tuple(groups.values()), cluster_of(ranks))).plan
             sharded = shard(model, groups, plan, ranks.device, SEED)
-            for name, weight in sharded.state_dict().items():
+            state = sharded.state_dict()
+            save_load.save(Path(sys.argv[2]) / sharding, 1, {"model": state}, {"step": 1}, 9)
+            for name, weight in state.items():
                 table = next(t for t in groups["all"].tables if groups["all"].table_name(t) in name)
                 whole = torch.empty(table.rows, table.dim)
                 initial_rows_(whole, table_seed(SEED, groups["all"].table_name(table)), groups["all"].first)

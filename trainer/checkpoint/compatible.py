@@ -77,7 +77,7 @@ def check_resumable(
     for key in {**before, **now}:
         section = key.split(".")[0]
         shapes_table = section == "groups" and not key.endswith(_GROUP_SETTINGS_THAT_MAY_CHANGE)
-        if section in ("model", "tables") or shapes_table or _shapes_map(key):
+        if section in ("model", "tables") or shapes_table or _shapes_map(key) or _compares_vectors(key):
             fixed.append(key)
     if state["cursor"]["blocks"]:
         fixed += _ORDER
@@ -102,6 +102,11 @@ def check_resumable(
                 f"this run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; "
                 "set it back, or name another --out"
             )
+
+
+def _compares_vectors(key: str) -> bool:
+    """Whether a setting decides what the ids of a similarity stand for; files may lie elsewhere."""
+    return key.startswith(("data.vectors.", "data.similarity.")) and not key.endswith(".file")
 
 
 def _shapes_map(key: str) -> bool:

@@ -17,7 +17,7 @@ from pydantic import Field
 from safetensors.numpy import load_file, save
 
 from embeddings.errors import CheckpointError
-from embeddings.ids.bucket_map import BucketMap
+from embeddings.ids.bucket_map import BucketMap, Int64s
 from embeddings.ids.parts import MapPart, part_for
 from embeddings.ids.rules import IdRules
 from embeddings.ids.stage import IdStage
@@ -45,27 +45,31 @@ def write_ids(checkpoint: Path, out: Path) -> dict[str, PlainIds]:
     """Write the maps of a verified checkpoint into the folder of plain tables; -> what its manifest says."""
     saved, found = SavedMaps.open(checkpoint), {}
     for name, rules in saved.rules().items():
-        columns: dict[str, list[np.ndarray[tuple[int], np.dtype[np.int64]]]] = {key: [] for key in _COLUMNS}
-        for part in saved.parts(name):
-            ids, rows = BucketMap.entries_of(part.state, part.buckets, rules)
-            slots = rows - rules.first_row(part.buckets)
-            given = (ids, rows, part.state["last"][slots], part.state["uses"][slots])
-            for key, values in zip(_COLUMNS, given, strict=True):
-                columns[key].append(values)
-        joined = {key: np.concatenate(pieces) for key, pieces in columns.items()}
-        order = np.argsort(joined["ids"], kind="stable")
+        columns = living_columns(saved, name)
         (out / "ids").mkdir(exist_ok=True)
         # Not save_file, whose files nobody else may read.
-        content = save({key: np.ascontiguousarray(values[order]) for key, values in joined.items()})
+        content = save(columns)
         (out / "ids" / f"{name}.safetensors").write_bytes(content)
         found[name] = PlainIds(
             capacity=rules.capacity,
             shared_rows=rules.shared_rows,
             within=rules.within,
-            live=order.size,
+            live=columns["ids"].size,
             clock=saved.clock,
         )
     return found
+
+
+def living_columns(saved: SavedMaps, name: str) -> dict[str, Int64s]:
+    """`ids`, ascending, and of each `rows`, `last` and `uses`, see above; of one map of a checkpoint."""
+    rules, columns = saved.rules()[name], list[tuple[Int64s, ...]]()
+    for part in saved.parts(name):
+        ids, rows = BucketMap.entries_of(part.state, part.buckets, rules)
+        slots = rows - rules.first_row(part.buckets)
+        columns.append((ids, rows, part.state["last"][slots], part.state["uses"][slots]))
+    joined = [np.concatenate(pieces) for pieces in zip(*columns, strict=True)]
+    order = np.argsort(joined[0], kind="stable")
+    return {key: np.ascontiguousarray(values[order]) for key, values in zip(_COLUMNS, joined, strict=True)}
 
 
 def check_ids(where: Path, known: Mapping[str, PlainIds], rules: Mapping[str, IdRules]) -> None:

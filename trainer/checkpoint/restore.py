@@ -30,6 +30,7 @@ class RestoredModel:
         config, manifest: of the run and of its log; sharded: the model; step: steps it was trained.
         averages: the averaged dense weights by name, where they are wanted; the model has the raw ones.
         finders: the maps of ids that come and go, see `trainer.data.living_ids.looked_up`.
+        state: of the checkpoint.
     """
 
     config: Config
@@ -38,6 +39,7 @@ class RestoredModel:
     step: int
     averages: Mapping[str, Tensor] = field(default_factory=dict)
     finders: Mapping[str, FrozenIds] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
     def put(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,4 +91,4 @@ def restore(folder: RunFolder, ranks: Ranks, which: str = "", weights: Weights =
     sharded.model.eval()
     finders, path = dict[str, FrozenIds](), found.path
     from_every_rank(lambda: finders.update(frozen_ids(path, config.id_rules)), slow=True)
-    return RestoredModel(config, manifest, sharded, int(found.state["step"]), averages, finders)
+    return RestoredModel(config, manifest, sharded, int(found.state["step"]), averages, finders, found.state)

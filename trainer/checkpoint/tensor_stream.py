@@ -20,6 +20,7 @@ TYPE_NAMES: Final = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
+    torch.int16: "I16",
     torch.uint16: "U16",
     torch.uint32: "U32",
     torch.int64: "I64",

@@ -32,6 +32,7 @@ from embeddings.errors import CheckpointError
 from embeddings.groups import TableName
 from embeddings.lookup.sharding import table_of
 from trainer.checkpoint import files as checkpoint_files
+from trainer.checkpoint.accumulators import accumulated, accumulator_of
 from trainer.checkpoint.plain_ids import PlainIds, write_ids
 from trainer.checkpoint.tensor_stream import TensorStream
 from trainer.checkpoint.tensors import TensorReader
@@ -198,7 +199,7 @@ def _write(path: Path, part: Path, features: Vocabularies, tasks: tuple[str, ...
 def _write_table(reader: TensorReader, file: Path, name: TableName, weight: str) -> PlainTable:
     rows, dim = reader.shape(weight)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (reader.dtype(weight), (dim,))}
-    accumulator = _accumulator(weight)
+    accumulator = accumulator_of(weight)
     kind: Literal["", "row", "weight"] = ""
     if accumulator in reader:
         size = reader.shape(accumulator)
@@ -207,34 +208,18 @@ def _write_table(reader: TensorReader, file: Path, name: TableName, weight: str)
     with TensorStream(file, layout, rows, alignment=8) as stream:
         for _, band in reader.bands(weight):
             stream.append("weight", band)
-        lanes = [_accumulator(lane) for lane in reader.lanes(weight)]
+        lanes = [accumulator_of(lane) for lane in reader.lanes(weight)]
         if kind and (lanes or (kind == "row" and size[0] != rows)):
             # What tasks gathered by themselves is added up, as one table would have it of gradients that have
             # nothing to do with each other.
             for start in range(0, rows, _ROWS_AT_ONCE):
                 stop = min(start + _ROWS_AT_ONCE, rows)
-                each = [_accumulated(reader, name, rows, start, stop) for name in (accumulator, *lanes)]
+                each = [accumulated(reader, name, rows, start, stop) for name in (accumulator, *lanes)]
                 stream.append("accumulator", torch.stack(each).sum(0))
         elif kind:
             for _, band in reader.bands(accumulator):
                 stream.append("accumulator", band)
     return PlainTable(feature=name.feature, group=name.group, rows=rows, dim=dim, accumulator=kind)
-
-
-def _accumulator(weight: str) -> str:
-    """The tensor of a table's optimizer. Only the first one is its own; FBGEMM's others are counters."""
-    return f"optim.state.fused.{weight}.{table_of(weight)}.momentum1"
-
-
-def _accumulated(reader: TensorReader, accumulator: str, rows: int, start: int, stop: int) -> Tensor:
-    """Of the rows [start, stop) of a table of so many rows.
-
-    Row-wise there is one a row and column shard, each the mean over its columns: together their mean.
-    """
-    size = reader.shape(accumulator)
-    begins = range(0, size[0], rows)
-    parts = [reader.rows(accumulator, begin + start, begin + stop) for begin in begins]
-    return torch.stack(parts).mean(0)
 
 
 def open_plain_tables(path: Path, check: bool = True) -> PlainTables:

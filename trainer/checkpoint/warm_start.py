@@ -42,8 +42,9 @@ from trainer.checkpoint.unsharded import (
     unshard,
 )
 from trainer.config.tasks import resolve_tasks
+from trainer.data.similarity.encoding import similarity_features
 from trainer.log.known_values import drop_unused, known_values
-from trainer.log.schema import LogManifest, read_manifest
+from trainer.log.schema import LogManifest, TableFeature, read_manifest
 from trainer.log.vocabulary import stream_values
 from trainer.ranks.machine import give_pages_back, this_machine
 from trainer.run_folder import RunFolder
@@ -55,9 +56,15 @@ _ROWS_AT_ONCE = 1 << 16
 _BYTES_HELD = 1 << 26
 
 
-def vocabularies(manifest: LogManifest, folder: Path) -> dict[str, Vocabulary]:
-    """Feature of tables -> its vocabulary, of a log or of a folder of plain tables that keeps a log's."""
-    items, contexts = manifest.table_features.items(), manifest.table_context.items()
+def vocabularies(
+    manifest: LogManifest, folder: Path, more: Mapping[str, TableFeature] | None = None
+) -> dict[str, Vocabulary]:
+    """Feature of tables -> its vocabulary, of a log or of a folder of plain tables that keeps a log's.
+
+    Args:
+        more: features that the log does not have.
+    """
+    items, contexts = {**manifest.table_features, **(more or {})}.items(), manifest.table_context.items()
     found = {name: Vocabulary(info, folder / f"{name}.parquet", info.meaning) for name, info in items}
     for name, info in contexts:
         found[name] = Vocabulary(info, folder / f"context_{name}.parquet", info.meaning)
@@ -84,7 +91,8 @@ def unshard_run(run: Path, out: Path) -> PlainManifest:
             f"was trained on another log than {config.data.log} is by now, so its rows have no names",
         )
     tasks = tower_names(resolve_tasks(config.tasks, manifest.tasks))
-    return unshard(found.path, out, vocabularies(manifest, config.data.log / "vocab"), tasks)
+    known = vocabularies(manifest, config.data.log / "vocab", similarity_features(config.data))
+    return unshard(found.path, out, known, tasks)
 
 
 @contextmanager
@@ -151,6 +159,7 @@ def fill(
     heads: TaskHeads,
     carry: bool,
     ids: Mapping[str, IdRules] | None = None,
+    more: Mapping[str, TableFeature] | None = None,
 ) -> list[str]:
     """Put the source's weights into a model's tensors, this rank's shards of them.
 
@@ -159,6 +168,7 @@ def fill(
         source: whose weights; log, manifest: what the new run trains on; heads: of its tasks.
         carry: fill the rows' optimizer accumulators too.
         ids: rules of the new run's maps of ids that come and go; rows stay those of the same ids.
+        more: features of tables that the log does not have.
 
     Returns:
         Lines that say what was found.
@@ -171,7 +181,7 @@ def fill(
     check_ids(source.name, source.manifest.ids, ids or {})
     tables = {table_of(name): name for name in model if table_of(name) in source.manifest.tables}
     new = _check_tables(model, source, heads)
-    known, lines = vocabularies(manifest, log / "vocab"), fill_dense(_dense(model), source, heads)
+    known, lines = vocabularies(manifest, log / "vocab", more), fill_dense(_dense(model), source, heads)
     for name in ids or {}:
         _check_same_values(name, known, source)
     if new:

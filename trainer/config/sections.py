@@ -8,6 +8,13 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from trainer.config.places import PlaceSetting, PlaceText
+from trainer.config.similarity import (
+    SimilarityConfig,
+    SimilarityName,
+    VectorsConfig,
+    VectorsName,
+    problems_of_similarity,
+)
 from trainer.config.toml import Settings
 
 
@@ -94,10 +101,28 @@ class DataConfig(Settings):
     recent: int = Field(0, ge=0)
     """The number of newest behaviors of each request that are delivered besides what a hard search or
     clusters leave of its history."""
+    vectors: dict[VectorsName, VectorsConfig] = Field(default_factory=dict)
+    """Pre-trained vectors, see [data.vectors.<name>]."""
+    similarity: dict[SimilarityName, SimilarityConfig] = Field(default_factory=dict)
+    """Features that say how near the vectors of a candidate are to others, see [data.similarity.<name>]."""
+
+    @model_validator(mode="after")
+    def _check_similarities(self) -> DataConfig:
+        for problem in problems_of_similarity(self.vectors, self.similarity):
+            raise ValueError(problem)
+        return self
 
     @property
     def block_limit(self) -> int:
         return self.behaviors_per_block or 2 * self.history_length
+
+    def absolute(self) -> DataConfig:
+        """The same, with places that other folders can be entered from."""
+        vectors = {
+            name: each.model_copy(update={"file": each.file.absolute()})
+            for name, each in self.vectors.items()
+        }
+        return self.model_copy(update={"log": self.log.absolute(), "vectors": vectors})
 
 
 Decay = Literal["none", "linear", "cosine"]
@@ -187,6 +212,10 @@ class TrainConfig(Settings):
     overlap. The losses are the same in all of them."""
     log_every: PositiveInt = 10
     """The number of steps between two lines of metrics.jsonl."""
+    watch_gradients: int = Field(0, ge=0)
+    """Every how many steps the gradients of the tables are told apart by role, attention and representation.
+    Their norms and cosines are reported in metrics.jsonl, see docs/schedules.md. 0 means never. What is
+    trained is the same."""
     validate_every: int = Field(0, ge=0)
     """The number of steps between two validations. 0 means only one at the end."""
     validate_candidates: int = Field(500_000, ge=0)

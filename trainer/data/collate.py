@@ -22,7 +22,8 @@ from trainer.data.clusters import ClusteredBlock, join_clusters
 from trainer.data.hard_search import hierarchical_search
 from trainer.data.row_group import FeatureIds, Floats
 from trainer.data.rows import Columns, UserRows
-from trainer.log.bags import Chosen, Ids, Ints, offsets_of
+from trainer.data.similarity.similarity import BlockIds, Similarity
+from trainer.log.bags import Bags, Chosen, Ids, Ints, offsets_of
 from trainer.log.encoders.encoder import Encoder
 from trainer.log.schema import FeatureInfo
 
@@ -101,7 +102,7 @@ def collate(
         _Side([r.history for r in rows], past.chosen, int(past.offsets[-1])),
         _Side([r.candidates for r in rows], candidates, total),
     ]
-    features, bags = _jagged(columns.features, sides)
+    features, bags = _jagged(columns.features, sides, _similarities(stretches, columns))
     labels = _tensor([r.labels[at] for r, at in stretches.placed])
     task_weight = [r.task_weight[at] for r, at in stretches.placed if r.task_weight is not None]
     domain = [r.domain[at] for r, at in stretches.placed if r.domain is not None]
@@ -143,6 +144,38 @@ def collate(
             *label_counts(labels, counts),
         ),
     )
+
+
+def _similarities(stretches: _Stretches, columns: Columns) -> dict[str, Bags]:
+    """What similarities say of all candidates: of whole windows, whatever a search leaves of these."""
+    found: dict[str, Bags] = {}
+    requests = np.split(stretches.requests, np.cumsum(stretches.sizes)[:-1], axis=1)
+    for similarity in columns.similarities:
+        blocks = [
+            _keys_of_block(similarity, *block)
+            for block in zip(
+                *(stretches.rows, stretches.spans, stretches.of_requests, stretches.candidates, requests),
+                strict=True,
+            )
+        ]
+        found |= similarity.bags(blocks)
+    return found
+
+
+def _keys_of_block(
+    similarity: Similarity, rows: UserRows, span: slice, of_requests: slice, candidates: slice, requests: Ints
+) -> BlockIds:
+    """`requests`: [7, r] of `WindowedRows`."""
+    user, _, _, start, end, first, last = requests
+    behaviors: Ids | None = None
+    others: Ids | None = None
+    if similarity.of_behaviors:
+        behaviors = rows.history[similarity.to.name].values[span]
+    else:
+        of_users = similarity.to.side == "users"
+        others = user if of_users else rows.context[similarity.to.name].values[of_requests]
+    own = rows.candidates[similarity.of.name].values[candidates]
+    return BlockIds(behaviors, own, others, start - span.start, end - span.start, last - first)
 
 
 def _retrieval(past: _Histories) -> Retrieval | None:
@@ -286,12 +319,15 @@ class _Bags(NamedTuple):
 
 
 def _jagged(
-    infos: Mapping[str, FeatureInfo], sides: Sequence[_Side]
+    infos: Mapping[str, FeatureInfo], sides: Sequence[_Side], ready: Mapping[str, Bags] | None = None
 ) -> tuple[KeyedJaggedTensor, tuple[int, ...]]:
     """Key by key, all of one side, then all of the next; a side without the feature has empty bags.
 
     The keys are the features that tables have: a number becomes the parts of its encoder, here and no sooner,
     so that what is read ahead holds one integer a number. Also the most ids of a bag, of each key.
+
+    Args:
+        ready: bags of the last side, of features that no row group has.
     """
     columns, keyed = [side.columns(infos) for side in sides], dict[str, list[_Bags]]()
     for name, info in infos.items():
@@ -302,6 +338,9 @@ def _jagged(
         for parts in [bags.encoded(info.encoder) for bags in of_sides]:
             for suffix, bags in parts.items():
                 keyed.setdefault(f"{name}{suffix}", []).append(bags)
+    for name, given in (ready or {}).items():
+        lengths_of = 1 if given.offsets is None else given.lengths
+        keyed[name] = [*[_Bags([], 0)] * (len(sides) - 1), _Bags([given.values], lengths_of)]
     stride = sum(side.total for side in sides)
     lengths = np.ones(len(keyed) * stride, dtype=np.int32)
     begin, held, most, values = 0, [], [], list[Ids]()

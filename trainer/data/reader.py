@@ -48,6 +48,10 @@ from trainer.data.prefetch import Closable, Prefetcher
 from trainer.data.row_group import read_footer
 from trainer.data.rows import Columns, PlanRows, read_plan, read_rows
 from trainer.data.sample import Sample
+from trainer.data.similarity.encoding import similarity_features
+from trainer.data.similarity.loading import open_similarities
+from trainer.data.similarity.similarity import keys_of
+from trainer.data.similarity.vectors import Vectors
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.storage import is_remote
 from trainer.storage.objects import in_parallel
@@ -108,8 +112,10 @@ class SequenceLogReader:
             that spreads well; else every rank all of them. The same on all ranks.
         manifest: says which splits there are, and which files of the log's folder they have; None: the one of
             that folder.
+        vectors: those of `data.vectors`, by name; None: they are read from their files.
 
     Attributes:
+        vectors: what was found in these files; empty where they were given, or where nothing compares them.
         row_groups: that are read; candidates: of the whole split, or of its chosen domains; sample: what is
             read of them, None = all; expected: the candidates that are read, about.
 
@@ -135,6 +141,7 @@ class SequenceLogReader:
         limit: int = 0,
         own_row_groups: bool = False,
         manifest: LogManifest | None = None,
+        vectors: Mapping[str, Vectors] | None = None,
     ) -> None:
         self._prepare = prepare
         self.config, self.split = config, split
@@ -143,6 +150,9 @@ class SequenceLogReader:
         self._own_row_groups = own_row_groups
         manifest = manifest or read_manifest(config.log)
         self.columns = _columns(manifest, rows, tasks, config)
+        with together() if config.similarity else nullcontext():
+            self.vectors, similarities = open_similarities(config, manifest, vectors)
+        self.columns = replace(self.columns, similarities=similarities)
         by_digest = not is_remote(config.log) if config.verify == "auto" else config.verify
         whole = by_digest and config.on_bad == "fail"
         with together():
@@ -371,7 +381,10 @@ def _columns(
                 f"the log has {', '.join(manifest.features)}"
             )
     if rows is not None:
-        rows = {**{name: manifest.features[name].rows for name in wanted}, **rows}
+        added, known = similarity_features(config), {**manifest.features, **manifest.context}
+        rows = {name: count for name, count in rows.items() if name not in added}
+        wanted += [name for name in keys_of(config) if name in known]
+        rows = {**{name: known[name].bound for name in wanted}, **rows}
         # The log's order of features, whatever the config's: a batch's keys do not depend on it.
         rows = {name: rows[name] for name in [*manifest.features, *manifest.context, *rows] if name in rows}
     columns = Columns.of(manifest, rows, tasks, config.domain)

@@ -19,6 +19,7 @@ from trainer.config.tasks import Task
 from trainer.data.domain import DomainColumn
 from trainer.data.labels import TaskLabels
 from trainer.data.row_group import LONGEST, FeatureIds, Floats, GroupColumns, read_group
+from trainer.data.similarity.similarity import Similarity
 from trainer.log.bags import Ints, offsets_of
 from trainer.log.schema import CLUSTER_COLUMNS, FeatureInfo, LogManifest
 
@@ -32,7 +33,7 @@ class Columns:
             its own name here, whatever its parts.
         labels: of the tasks; numeric: names of numbers; weighted: whether candidates have a weight.
         chunk: behaviors of a chunk whose clusters are read; 0 = no clusters.
-        domain: None = candidates have none.
+        domain: None = candidates have none. similarities: that candidates have besides.
     """
 
     features: Mapping[str, FeatureInfo]
@@ -42,6 +43,7 @@ class Columns:
     weighted: bool = False
     chunk: int = 0
     domain: DomainColumn | None = None
+    similarities: Sequence[Similarity] = ()
 
     @staticmethod
     def of(

@@ -362,6 +362,7 @@ class Trainer:
         self.course.pipeline.settle()
         self._report()
         self.validation.due = False
+        vectors = {name: each.digest for name, each in self.course.reader.vectors.items()}
         state = {
             **asdict(self.at),
             "phase_name": self.course.phase.name,
@@ -373,6 +374,7 @@ class Trainer:
             **self.validation.state(self.at.best),
             "config": self.config.model_dump(mode="json"),
             **self.course.averaging.state(),
+            **({"vectors": vectors} if vectors else {}),
             **self._more_state(),
         }
         besides: list[checkpoint.Beside] = [] if self.living is None else [self.living.files().write]

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from embeddings.groups import TableGroup
 from trainer.config.model import CONTEXT_ROLES, section_of
 from trainer.config.phases import DENSE, GROUP, TABLES
+from trainer.config.similarity import without_effect
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import Settings
+from trainer.data.similarity.encoding import features_of_tables, parts_by_similarity
 from trainer.data.stream.source import SPLIT
 from trainer.log.schema import LogManifest
 from trainer.model.settings import AUXILIARY_KEYS, CONDITIONAL_KEYS, HEAD_KEYS, ModelConfig
@@ -36,7 +38,7 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
     if left := [f"tables.{name}" for name in config.tables if name not in used]:
         lines.append(f"no effect: {', '.join(left)}; no group has a table of that feature")
     # A number is used where any part of it is.
-    known = {**manifest.table_features, **manifest.table_context}
+    known = {**features_of_tables(config.data, manifest), **manifest.table_context}
     read |= {known[name].field for name in used}
     if left := [name for name in manifest.context if name not in read]:
         names = ", ".join(f'"{name}"' for name in left)
@@ -54,6 +56,9 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
             f"no effect: {', '.join(left)}; the group is looked up for behaviors alone or for candidates "
             "alone, and only the other side carries the feature"
         )
+    of_similarities = parts_by_similarity(config.data)
+    if left := [f"data.similarity.{name}" for name, each in of_similarities.items() if not used & {*each}]:
+        lines.append(f"not used: {', '.join(left)}; name it in groups.<name>.features, or leave it out")
     if manifest.clusters is not None and not config.data.clusters:
         lines.append(
             "not used: the log's clusters of behaviors; data.clusters and model.clusters search them"
@@ -81,6 +86,7 @@ def remarks(config: Config, manifest: LogManifest, groups: Mapping[str, TableGro
 
 def _one_sided(config: Config, manifest: LogManifest) -> list[str]:
     """Features of a group whose tables are only looked up for those who do not have them."""
+    known = {**features_of_tables(config.data, manifest), **manifest.features}
     needs: dict[str, set[str]] = {}
     for branch in config.model.all_branches().values():
         for role, group in branch.roles.model_dump().items():
@@ -91,8 +97,7 @@ def _one_sided(config: Config, manifest: LogManifest) -> list[str]:
         f"{feature} in groups.{name}"
         for name, sides in needs.items()
         for feature in config.groups[name].features or manifest.features
-        if (info := {**manifest.table_features, **manifest.features}.get(feature)) is not None
-        and sides == {_OTHER.get(info.side)}
+        if feature in known and sides == {_OTHER.get(known[feature].side)}
     ]
 
 
@@ -211,6 +216,7 @@ def _of_rest(config: Config) -> list[str]:
         ]
     elif search.domain_minimum and not search.domain:
         unused.append("data.search.domain_minimum (data.search.domain is empty)")
+    unused += without_effect(data.vectors, data.similarity)
     if data.recent and not (search.levels or data.clusters):
         unused.append(f"data.recent = {data.recent} (neither data.search nor data.clusters cuts the history)")
     if data.order == "stored" and _changed(data, "shuffle_row_groups"):

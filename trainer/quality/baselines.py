@@ -72,7 +72,7 @@ class Baselines:
                 score, probable = of_all[observed], baseline in RATES
                 values: dict[str, Any] = {**ranking_metrics(score, label, groups, users)}
                 if probable:
-                    values |= calibration_metrics(score, label)
+                    values |= calibration_metrics(score, label, users)
                 if model is not None:
                     values |= leads(model, estimates(score, label, groups, users, probable))
                 table[name][baseline] = values

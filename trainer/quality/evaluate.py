@@ -78,7 +78,7 @@ def scored_split(
             return runs.files
 
         files = [file for own in from_every_rank(written, slow=True) for file in own]
-        nothing = torch.zeros(0, 2 * len(tasks)), torch.zeros(0, len(KEYS)).long()
+        nothing = torch.zeros(0, _width(reader)), torch.zeros(0, len(KEYS)).long()
         yield ScoreFiles(files, own) if reader.rank == 0 and files else _scored(*nothing, tasks)
 
 
@@ -103,7 +103,7 @@ def score_split(
     """
     rows = list(_scored_rows(model, reader, device, pipelined, mapped))
     width = len(KEYS) + bool(reader.config.domain)
-    no_values, no_keys = torch.zeros(0, 2 * len(reader.columns.tasks)), torch.zeros(0, width).long()
+    no_values, no_keys = torch.zeros(0, _width(reader)), torch.zeros(0, width).long()
     all_values = gather_rows(torch.cat([no_values, *(value for value, _ in rows)]))
     all_keys = gather_rows(torch.cat([no_keys, *(key for _, key in rows)]))
     return _scored(all_values, all_keys, reader.columns.tasks).in_order()
@@ -134,7 +134,7 @@ def _scored_rows(
         with closing(scored):
             for step, score in scored:
                 if step.counted:
-                    value, key = _rows(step.batch, score)
+                    value, key = _rows(step.batch, score, _weighted(reader))
                     values.add(value)
                     keys.add(key)
                     yield from zip(values.arrived(), keys.arrived(), strict=True)
@@ -207,7 +207,7 @@ def score_in_order(
     seen, last = 0, None
     with closing(reader.steps()) as steps:
         for step in steps:
-            scored = _scored(*_rows(step.batch, score(step.batch)), reader.columns.tasks)
+            scored = _scored(*_rows(step.batch, score(step.batch), _weighted(reader)), reader.columns.tasks)
             keys = np.stack([scored.user_id, scored.request_id], axis=1)
             new = np.r_[last is None or (keys[0] != last).any(), (np.diff(keys, axis=0) != 0).any(axis=1)]
             number, last = seen + np.cumsum(new), keys[-1]
@@ -217,7 +217,7 @@ def score_in_order(
                 break
 
 
-def _rows(batch: RequestBatch, score_CT: Tensor) -> tuple[Tensor, Tensor]:
+def _rows(batch: RequestBatch, score_CT: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
     request = batch.candidate_request
     within = places_in_groups(request, batch.requests)
     item = batch.candidate_items
@@ -225,10 +225,39 @@ def _rows(batch: RequestBatch, score_CT: Tensor) -> tuple[Tensor, Tensor]:
         item = torch.full_like(within, -1)
     named = [batch.user_id[request], batch.request_id[request], within, item, batch.seen[request]]
     keys = torch.stack(named if batch.domain is None else [*named, batch.domain], dim=1)
-    return torch.cat([score_CT, batch.labels], dim=1), keys
+    values = [score_CT, batch.labels]
+    if weighted:
+        weight_C1, of_tasks = batch.weight[:, None], batch.task_weight
+        values.append(weight_C1.expand_as(batch.labels) if of_tasks is None else weight_C1 * of_tasks)
+    return torch.cat(values, dim=1), keys
+
+
+def _weighted(reader: SequenceLogReader) -> bool:
+    """Whether candidates have sample weights."""
+    return reader.columns.weighted or bool(reader.columns.labels.weights)
+
+
+def _width(reader: SequenceLogReader) -> int:
+    """Numbers that `_rows` gives for each candidate."""
+    return (3 if _weighted(reader) else 2) * len(reader.columns.tasks)
 
 
 def _scored(values: Tensor, keys: Tensor, tasks: Sequence[str]) -> Scored:
-    score, label = values.cpu().numpy().reshape(values.shape[0], 2, values.shape[1] // 2).transpose(1, 0, 2)
+    # Of each task its score, its label and, where there are weights, its weight.
+    kinds = values.shape[1] // len(tasks)
+    score, label, *weight = (
+        values.cpu().numpy().reshape(values.shape[0], kinds, len(tasks)).transpose(1, 0, 2)
+    )
     user, request, candidate, item, history, *domain = keys.cpu().numpy().T
-    return Scored(score, label, user, request, candidate, item, history, tuple(tasks), *domain)
+    return Scored(
+        score,
+        label,
+        user,
+        request,
+        candidate,
+        item,
+        history,
+        tuple(tasks),
+        domain[0] if domain else None,
+        weight[0] if weight else None,
+    )

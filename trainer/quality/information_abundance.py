@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embeddings.lookup.shards import LocalShard, local_shards
 from embeddings.private import ShardedTensor
+from trainer.quality.singular_values import SingularValues, abundance
 
 # Rows that ranks put together at a time.
 _BAND = 65_536
@@ -21,35 +22,38 @@ def information_abundance(table: Tensor | ShardedTensor) -> float:
     A sharded table is read where it lies, so the call is collective. IA is at most the number of rows, too:
     compare it with that of a random table of the same shape.
     """
-    variance_K = torch.linalg.eigvalsh(_gram(table)).clamp(min=0)
-    values_K: Tensor = variance_K.sqrt()
-    largest = float(values_K.max())
-    return float(values_K.sum()) / largest if largest > 0 else 0.0
+    return abundance(_spectrum(table).values())
 
 
-def _gram(table: Tensor | ShardedTensor) -> Tensor:
-    """E^T E of a table E [rows, K], [K, K]: float64, for it has the squares of the singular values."""
+def _spectrum(table: Tensor | ShardedTensor) -> SingularValues:
+    """Of a table E [rows, K], the same on all ranks."""
     rows, width = table.size()
-    shards = list(local_shards(table))
-    gram_KK = torch.zeros(width, width, dtype=torch.float64, device=_device_of(shards))
+    shards, found = list(local_shards(table)), SingularValues(width)
     parts = table.metadata().shards_metadata if isinstance(table, ShardedTensor) else []
     if any(part.shard_sizes[1] < width for part in parts):
         # Columns of a row lie on several ranks.
-        for band_RK in _bands(shards, rows, gram_KK):
-            gram_KK += band_RK.T @ band_RK
-        return gram_KK
+        for band_RK in _bands(shards, rows, width):
+            found.add(band_RK)
+        return found
     for shard in shards:
-        for part_RK in shard.tensor.detach().split(_BAND):
-            gram_KK += part_RK.double().T @ part_RK.double()
-    if isinstance(table, ShardedTensor):
-        dist.all_reduce(gram_KK)
-    return gram_KK
+        found.add(shard.tensor)
+    if not isinstance(table, ShardedTensor):
+        return found
+    # Rows of zeros change no singular value, and let all ranks send as much.
+    mine_KK = torch.zeros(width, width, dtype=torch.float64, device=_device_of(shards))
+    mine_KK[: len(found.triangle)] = found.triangle
+    every = [torch.empty_like(mine_KK) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine_KK)
+    total = SingularValues(width)
+    total.merge(every)
+    return total
 
 
-def _bands(shards: list[LocalShard], rows: int, like: Tensor) -> Iterator[Tensor]:
+def _bands(shards: list[LocalShard], rows: int, width: int) -> Iterator[Tensor]:
     """Whole rows, some at a time, the same on all ranks: collective."""
+    device = _device_of(shards)
     for first in range(0, rows, _BAND):
-        band_RK = like.new_zeros(min(_BAND, rows - first), len(like))
+        band_RK = torch.zeros(min(_BAND, rows - first), width, dtype=torch.float64, device=device)
         for tensor, row, column in shards:
             low, high = max(row, first), min(row + len(tensor), first + len(band_RK))
             if low < high:

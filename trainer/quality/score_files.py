@@ -34,6 +34,7 @@ class ScoreFiles(Scores):
     def __init__(self, files: Sequence[Path], scratch: Path) -> None:
         self._merged, self._scratch = Merged(files), scratch
         self._names = numbers_of(self._merged.names)
+        self._weighted = any(name.startswith("weight_") for name in self._names)
         lacking = sorted(set(KEYS) - set(self._names))
         try:
             self.tasks = tasks_of(self._names)
@@ -67,7 +68,8 @@ class ScoreFiles(Scores):
             (number,) = sizes
             return {number: {self.tasks[task]: self.assessed(task).metrics() for task in tasks}}
         names = tuple(self.tasks[task] for task in tasks)
-        row = np.dtype([*_OF_PART, *((f, "<f4", (len(tasks),)) for f in ("score", "label"))])
+        kinds = ["score", "label", *(["weight"] if self._weighted else [])]
+        row = np.dtype([*_OF_PART, *((kind, "<f4", (len(tasks),)) for kind in kinds)])
         files = [RowFile(self._scratch / f"part-{number:06d}", row) for number in range(len(packs))]
         try:
             self._scatter(key, tasks, packs, files)
@@ -100,6 +102,8 @@ class ScoreFiles(Scores):
             rows = np.empty(chunk.size, files[0].of_row)
             rows["user"], rows["request"], rows["part"] = chunk.user_id, chunk.request_id, keys
             rows["score"], rows["label"] = chunk.score[:, list(tasks)], chunk.label[:, list(tasks)]
+            if chunk.weight is not None:
+                rows["weight"] = chunk.weight[:, list(tasks)]
             each, starts = np.unique(pack[order], return_index=True)
             for number, some in zip(each.tolist(), np.split(order, starts[1:]), strict=True):
                 files[number].write(rows[some])
@@ -132,12 +136,14 @@ def _scored(rows: npt.NDArray[Any], tasks: tuple[str, ...]) -> Scored:
     """Candidates of parts, with the part as their domain."""
     nothing = np.zeros(rows.size, dtype=np.int64)
     keys = (rows["user"], rows["request"], nothing, nothing, nothing)
-    return Scored(rows["score"], rows["label"], *keys, tasks, rows["part"])
+    weight = rows["weight"] if "weight" in (rows.dtype.names or ()) else None
+    return Scored(rows["score"], rows["label"], *keys, tasks, rows["part"], weight)
 
 
 def joined(parts: Sequence[Scored]) -> Scored:
     """The candidates of all parts, one after another."""
-    names = ["score", "label", *KEYS, *(["domain"] if parts[0].domain is not None else [])]
+    names = ["score", "label", *KEYS]
+    names += [name for name in ("domain", "weight") if getattr(parts[0], name) is not None]
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in names
     }
@@ -147,7 +153,8 @@ def joined(parts: Sequence[Scored]) -> Scored:
 def part_of(chunk: Scored, task: int) -> Part:
     """What `assess` takes of whole users."""
     groups, users = group_keys(chunk.user_id, chunk.request_id), group_keys(chunk.user_id)
-    return Part(chunk.score[:, task], chunk.label[:, task], groups, users)
+    weight = None if chunk.weight is None else chunk.weight[:, task]
+    return Part(chunk.score[:, task], chunk.label[:, task], groups, users, weight)
 
 
 def _packed(sizes: dict[int, int], most: int) -> Iterator[list[int]]:

@@ -23,6 +23,8 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Key = Callable[["Scored"], Ints]
 KEYS = ("user_id", "request_id", "candidate", "item_id", "history")
+# Parts of candidates that are None where a run or a log has none.
+_OPTIONAL = ("domain", "weight")
 # In the metadata of a file of scores that are those of a sample.
 SAMPLED = "sampled"
 # Rows of a row group of a file of scores.
@@ -117,6 +119,7 @@ class Scored(Scores):
         history: int64 [n], behaviors that the request saw, at most L.
         tasks: names of the T tasks; numbers where nothing is known of them.
         domain: int64 [n], the candidate's id of `data.domain`; None where the run has no domains.
+        weight: float32 [n, T], of the candidate in the loss of each task; None where the log has no weights.
     """
 
     score: Floats
@@ -128,6 +131,7 @@ class Scored(Scores):
     history: Ints
     tasks: tuple[str, ...] = ()
     domain: Ints | None = None
+    weight: Floats | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -167,7 +171,8 @@ class Scored(Scores):
         """Metrics of one task, in memory."""
         part = self.observed(task)
         groups, users = group_keys(part.user_id, part.request_id), group_keys(part.user_id)
-        return measure(part.score[:, task], part.label[:, task], groups, users)
+        weight = None if part.weight is None else part.weight[:, task]
+        return measure(part.score[:, task], part.label[:, task], groups, users, weight)
 
     def in_order(self) -> Scored:
         """The same candidates by user, request and place in the request: sums over them round alike."""
@@ -175,8 +180,8 @@ class Scored(Scores):
 
     def part(self, chosen: npt.NDArray[np.bool_] | Ints) -> Scored:
         """Only the chosen candidates, by a mask or by their places."""
-        parts = {name: getattr(self, name)[chosen] for name in ("score", "label", *KEYS)}
-        return replace(self, **parts, domain=None if self.domain is None else self.domain[chosen])
+        names = ["score", "label", *KEYS, *(name for name in _OPTIONAL if getattr(self, name) is not None)]
+        return replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
 
 def columns_of(scored: Scored) -> dict[str, npt.NDArray[Any]]:
@@ -187,6 +192,8 @@ def columns_of(scored: Scored) -> dict[str, npt.NDArray[Any]]:
     for place, task in enumerate(scored.tasks):
         columns[f"score_{task}"] = scored.score[:, place]
         columns[f"label_{task}"] = scored.label[:, place]
+        if scored.weight is not None:
+            columns[f"weight_{task}"] = scored.weight[:, place]
     return columns
 
 
@@ -197,10 +204,14 @@ def scored_of(columns: Mapping[str, npt.NDArray[Any]]) -> Scored:
         KeyError: a column is missing.
     """
     tasks = tasks_of(columns)
-    score = np.stack([columns[f"score_{task}"] for task in tasks], axis=1)
-    label = np.stack([columns[f"label_{task}"] for task in tasks], axis=1)
+    kinds = ["score", "label", *(["weight"] if any(name.startswith("weight_") for name in columns) else [])]
+    score, label, *weight = (
+        np.stack([columns[f"{kind}_{task}"] for task in tasks], axis=1) for kind in kinds
+    )
     user, request, candidate, item, history = (columns[name] for name in KEYS)
-    return Scored(score, label, user, request, candidate, item, history, tasks, columns.get("domain"))
+    return Scored(
+        score, label, user, request, candidate, item, history, tasks, columns.get("domain"), *weight
+    )
 
 
 def tasks_of(names: Iterable[str]) -> tuple[str, ...]:
@@ -227,7 +238,8 @@ def write_scores(
 ) -> None:
     """One Parquet row a candidate: its numbers, and `score_<task>` and `label_<task>` of every task.
 
-    A label that was not observed is NaN. A column `domain` is there where candidates have domains.
+    A label that was not observed is NaN. A column `domain` is there where candidates have domains, and
+    `weight_<task>` where the log has sample weights.
 
     Args:
         sampled: (candidates, those of the split) where these are a sample of a split; the file says so.
@@ -265,7 +277,8 @@ def read_scores(path: Path) -> Scored:
 
 def numbers_of(names: Iterable[str]) -> list[str]:
     """The columns that `scored_of` takes."""
-    return [name for name in names if name in (*KEYS, "domain") or name.startswith(("score_", "label_"))]
+    kinds = ("score_", "label_", "weight_")
+    return [name for name in names if name in (*KEYS, "domain") or name.startswith(kinds)]
 
 
 def _numbered(count: int) -> tuple[str, ...]:

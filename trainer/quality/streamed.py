@@ -2,7 +2,7 @@
 
 What one request or user decides is added up while candidates pass by. AUC and ECE need all candidates by
 score: these are written to buckets by ascending score, and one bucket at a time is ranked, exactly and with
-its ties. Memory follows the users (about 80 bytes each) and the candidates of one bucket, not the split.
+its ties. Memory follows the users (about 90 bytes each) and the candidates of one bucket, not the split.
 
 Sums are taken in another order than in memory, which is all that differs: metrics agree to 1e-12. For what
 is a difference of nearly equal numbers, such as a lead over a baseline, this is an absolute error, not a
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.quality.leads import Estimate
-from trainer.quality.metrics import Metrics, candidate_losses, normalised_loss
+from trainer.quality.metrics import Metrics, calibration, candidate_losses, normalised_loss, ratio_influence
 from trainer.quality.ranking import RANKS, Floats, Ints, Ranked, as_arrays, half_width
 from trainer.quality.runs import RowFile
 
@@ -37,12 +37,14 @@ class Part(NamedTuple):
     Attributes:
         score, label: [n]; group: [n] the request of each, by whatever integers; user: [n], numbered from 0
             within the part.
+        weight: [n], of the loss; None where candidates have none.
     """
 
     score: npt.NDArray[Any]
     label: npt.NDArray[Any]
     group: Ints
     user: Ints
+    weight: npt.NDArray[Any] | None = None
 
 
 Parts = Callable[[], Iterator[Part]]
@@ -112,7 +114,9 @@ class _Sums:
         self.candidates = self.positives = self.requests = 0
         # Requests with both classes, those of them that HR counts, and users with both classes.
         self.groups = self.counted = self.users_with_both = 0
-        self.label = self.negative = self.score = self.loss = 0.0
+        self.label = self.negative = 0.0
+        # Of scores and labels, each times its weight; None without weights.
+        self.weighted: Floats | None = None
         self.gauc, self.gauc_user = np.zeros(2), np.zeros(2)
         self.at = {k: np.zeros(2) for k in RANKS}
 
@@ -139,19 +143,22 @@ class _Sums:
             np.bincount(by_request.of_groups(part.user), row, users) for row in _weighted(by_request)
         ]
         own += [np.bincount(part.user, y, users), np.bincount(part.user, np.ones(y.size), users)]
-        losses: npt.NDArray[Any] = np.zeros(users)
         if self._probable:
             each = candidate_losses(s, y)
-            self.score, self.loss = self.score + float(s.sum()), self.loss + float(each.sum())
-            losses = np.bincount(part.user, each, users)
-        self._of_users.append(np.stack([*own, losses]))
+            own += [np.bincount(part.user, each, users), np.bincount(part.user, s, users)]
+            if part.weight is not None:
+                total = np.stack([s, y]) @ part.weight.astype(np.float64)
+                self.weighted = total if self.weighted is None else self.weighted + total
+        self._of_users.append(np.stack(own))
         self._cells += np.bincount(_cell(s), minlength=self._cells.size)
 
     def close(self) -> None:
         """Put the users together, and choose the buckets."""
-        of_users = np.concatenate(self._of_users, axis=1) if self._of_users else np.zeros((5, 0))
+        rows = 6 if self._probable else 4
+        of_users = np.concatenate(self._of_users, axis=1) if self._of_users else np.zeros((rows, 0))
         self._of_users.clear()
-        # [users] each: AUC of their requests times candidates, such candidates, labels, candidates, losses.
+        # [users] each: AUC of their requests times candidates, such candidates, labels, candidates, and of
+        # probabilities losses and predictions.
         self.of_users = of_users
         filled = (np.cumsum(self._cells) - 1).clip(min=0) // _BUCKET
         # Cell -> bucket, ascending. A cell is never divided: `_Ranks` takes a bucket of any size.
@@ -248,7 +255,7 @@ def _distinct(bucket: RowFile) -> tuple[Floats, _Placed]:
 
 
 def _assessment(sums: _Sums, ranks: _Ranks, probable: bool) -> Assessment:
-    times, weight, label, candidates, losses = sums.of_users
+    times, weight, label, candidates, *probable_sums = sums.of_users
     users = np.arange(label.size)
     both = sums.label > 0 and sums.negative > 0
     auc, of_auc = math.nan, np.zeros(users.size)
@@ -274,17 +281,25 @@ def _assessment(sums: _Sums, ranks: _Ranks, probable: bool) -> Assessment:
     of_users = {"auc": of_auc, "gauc": of_gauc}
     if not probable:
         return Assessment(ranking, {}, counts, of_users)
+    losses, predicted = probable_sums
+    (loss, of_users["logloss"]), (pcoc, of_pcoc) = (
+        ratio_influence(losses, candidates),
+        ratio_influence(predicted, label),
+    )
     n = sums.candidates
-    rate, loss = (sums.label / n, sums.loss / n) if n else (math.nan, math.nan)
-    calibration = {
+    rate = sums.label / n if n else math.nan
+    found = {
         "logloss": loss,
+        "logloss_ci": half_width(of_users["logloss"], users) if n else math.nan,
         "ne": normalised_loss(loss, rate),
-        "pcoc": sums.score / sums.label if sums.label else math.nan,
+        "pcoc": pcoc,
+        "pcoc_ci": half_width(of_pcoc, users) if sums.label else math.nan,
         "ece": float(np.abs(ranks.gaps).sum()) / n if n else math.nan,
         "rate": rate,
     }
-    of_users["logloss"] = (losses - loss * candidates) / max(n, 1)
-    return Assessment(ranking, calibration, counts, of_users)
+    if sums.weighted is not None:
+        found["pcoc_weighted"] = calibration(float(sums.weighted[0]), float(sums.weighted[1]))
+    return Assessment(ranking, found, counts, of_users)
 
 
 def _mean(total: Floats) -> float:

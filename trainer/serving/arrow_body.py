@@ -4,7 +4,7 @@ One row a request. The columns are those of the sequence log: `user_id`, `reques
 `history_timestamp`, `history_<feature>`, `candidate_<feature>`, `context_<feature>`, `numeric_<name>`,
 `cluster_size`, `cluster_time`; a list of lists where a behavior or candidate has several ids. Lists may be of
 any of Arrow's kinds, and ids dictionaries. Raw values instead of ids are announced by `ids: raw` in the
-metadata of the schema.
+metadata of the schema, as is what is asked of how sure the model is (`trainer.serving.exploration`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from trainer.log.known_values import KnownValues
 from trainer.log.schema import CLUSTER_COLUMNS
 from trainer.serving.arrow_messages import check_messages
 from trainer.serving.checks import check_names
+from trainer.serving.exploration import Exploration, exploration_of
 from trainer.serving.form import RequestForm
 from trainer.serving.histories import as_user
 from trainer.serving.numbers import codes_of_array
@@ -40,8 +41,8 @@ def read_arrow(
     limits: Limits,
     vocabularies: Mapping[str, KnownValues] | None = None,
     users: KnownValues | None = None,
-) -> list[Request]:
-    """Requests of an Arrow IPC stream, checked.
+) -> tuple[list[Request], Exploration | None]:
+    """Requests of an Arrow IPC stream, checked, and what it asks of how sure the model is.
 
     Args:
         stored: histories by user id; users: their names, where the log has names.
@@ -58,7 +59,8 @@ def read_arrow(
             schema = reader.schema
             if len(set(schema.names)) != len(schema.names):
                 raise RequestError(422, "a column occurs twice")
-            ids = (schema.metadata or {}).get(b"ids", b"dense")
+            metadata = schema.metadata or {}
+            exploration, ids = exploration_of(metadata), metadata.get(b"ids", b"dense")
             if ids not in (b"dense", b"raw"):
                 problem = f"the schema's metadata says ids: {ids[:40]!r}; dense and raw are known"
                 raise RequestError(422, problem)
@@ -75,19 +77,25 @@ def read_arrow(
         raise RequestError(422, f"no Arrow IPC stream: {reason}") from None
     if not requests:
         raise RequestError(422, "there is no request: the stream has no rows")
-    return requests
+    return requests, exploration
 
 
 def write_arrow(answers: Sequence[Answer], tasks: Sequence[str], version: str) -> bytes:
     """One row a request; the version is in the schema's metadata.
 
     `score_<task>` is a list of float32, `history_used` how many behaviors the model could see, and
-    `unknown` how many raw values stand for no id.
+    `unknown` how many raw values stand for no id; `mean_<task>` and the like are there where they were asked
+    for.
     """
     columns = {
         f"score_{task}": pa.array([answer.probabilities[:, t] for answer in answers], pa.list_(pa.float32()))
         for t, task in enumerate(tasks)
     }
+    for place, task in enumerate(tasks):
+        named = [answer.sureness.by_name() for answer in answers if answer.sureness is not None]
+        for name in named[0] if named else ():
+            values = [each[name][:, place] for each in named]
+            columns[f"{name}_{task}"] = pa.array(values, pa.list_(pa.float32()))
     columns["history_used"] = pa.array([answer.history_used for answer in answers], pa.int64())
     columns["unknown"] = pa.array([sum(answer.unknown.values()) for answer in answers], pa.int64())
     table = pa.table(columns).replace_schema_metadata({"version": version})

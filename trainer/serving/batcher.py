@@ -11,6 +11,7 @@ from itertools import chain
 
 import torch
 
+from trainer.serving.exploration import Exploration
 from trainer.serving.request import Request, RequestError
 from trainer.serving.scorer import Answer, Scorer, Seconds
 
@@ -49,6 +50,7 @@ class Job:
     scorer: Scorer
     requests: Sequence[Request]
     explain: bool
+    exploration: Exploration | None
     answer: asyncio.Future[list[Answer]]
     queued: float
 
@@ -71,11 +73,17 @@ class Batcher:
         if self._queue.full():
             raise RequestError(429, f"{self.settings.waiting} requests are waiting; try again")
 
-    async def score(self, scorer: Scorer, requests: Sequence[Request], explain: bool) -> list[Answer]:
+    async def score(
+        self,
+        scorer: Scorer,
+        requests: Sequence[Request],
+        explain: bool,
+        exploration: Exploration | None = None,
+    ) -> list[Answer]:
         """One answer a request. Raises RequestError (429) if too many are waiting."""
         self.check_room()
         answer: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(Job(scorer, requests, explain, answer, time.perf_counter()))
+        self._queue.put_nowait(Job(scorer, requests, explain, exploration, answer, time.perf_counter()))
         return await answer
 
     async def run(self) -> None:
@@ -126,13 +134,16 @@ def _score(jobs: Sequence[Job], settings: BatchSettings) -> tuple[list[list[Answ
 
     If one fails, each job is scored alone, so that no job fails for another.
     """
-    parts: list[list[Request]] = [[]]
+    parts: list[list[tuple[Request, Exploration | None]]] = [[]]
     try:
-        for request in (request for job in jobs for request in job.requests):
-            if parts[-1] and not settings.fits([*parts[-1], request]):
+        for one in ((request, job.exploration) for job in jobs for request in job.requests):
+            if parts[-1] and not settings.fits([request for request, _ in [*parts[-1], one]]):
                 parts.append([])
-            parts[-1].append(request)
-        calls = [jobs[0].scorer.score(part, jobs[0].explain) for part in parts]
+            parts[-1].append(one)
+        calls = []
+        for part in parts:
+            requests, explore = zip(*part, strict=True)
+            calls.append(jobs[0].scorer.score(requests, jobs[0].explain, explore))
     except Exception as error:
         if len(jobs) == 1:
             return [error], Seconds(0.0, 0.0)

@@ -10,6 +10,7 @@ from pydantic_core import to_json
 
 from trainer.serving import arrow_body
 from trainer.serving.checks import cut_history
+from trainer.serving.exploration import Exploration, Sureness, check_exploration
 from trainer.serving.histories import HistoryStore
 from trainer.serving.json_body import JsonForm, read_json
 from trainer.serving.raw_ids import with_unknown
@@ -27,12 +28,14 @@ class Body:
         explain: whether the answer says which behaviors were kept for each candidate.
         items: of each request, what to call its candidates in the answer; empty with dense ids.
         raw: whether it held raw values.
+        exploration: what is asked of how sure the model is, None = nothing.
     """
 
     requests: Sequence[Request]
     explain: bool = False
     items: Sequence[Any] = ()
     raw: bool = False
+    exploration: Exploration | None = None
 
 
 def decode(
@@ -42,12 +45,17 @@ def decode(
     users = None if histories is None else histories.users
     stored: Mapping[int, History] = histories or {}
     if content_type == arrow_body.MEDIA_TYPE:
-        requests = arrow_body.read_arrow(body, stored, scorer.needs, limits, scorer.vocabularies, users)
-        return Body([_as_read(request, scorer) for request in requests])
+        given = (body, stored, scorer.needs, limits, scorer.vocabularies, users)
+        requests, exploration = arrow_body.read_arrow(*given)
+        if exploration is not None:
+            check_exploration(scorer.snapshot)
+        return Body([_as_read(request, scorer) for request in requests], exploration=exploration)
     if content_type != "application/json":
         kinds = f"application/json or {arrow_body.MEDIA_TYPE}"
         raise RequestError(415, f"content type {content_type[:80]!r} is not read; send {kinds}")
     sent = read_json(body, limits)
+    if sent.asked is not None:
+        check_exploration(scorer.snapshot)
     raw, requests = sent.ids == "raw", []
     for r, each in enumerate(sent.requests):
         translation = Translation(scorer.vocabularies, users) if raw else None
@@ -58,7 +66,7 @@ def decode(
         problem = f"{candidates:,} candidates to explain, the server takes {limits.explained:,} of a body"
         raise RequestError(413, problem)
     items = [each.candidates.get("item_id", []) for each in sent.requests] if raw else []
-    return Body(requests, sent.explain, items, raw)
+    return Body(requests, sent.explain, items, raw, sent.asked)
 
 
 def _as_read(request: Request, scorer: Scorer) -> Request:
@@ -82,5 +90,16 @@ def encode(answers: Sequence[Answer], scorer: Scorer, body: Body, as_arrow: bool
             result["unknown"] = answer.unknown
         if body.explain:
             result["kept"] = answer.explanations
+        if answer.sureness is not None:
+            result["uncertainty"] = _by_task(answer.sureness, scorer.tasks)
         results.append(result)
     return to_json({"version": scorer.version, "results": results})
+
+
+def _by_task(sure: Sureness, tasks: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Task -> what is said of each candidate, by name."""
+    named = sure.by_name()
+    return {
+        task: {name: values[:, place].tolist() for name, values in named.items()}
+        for place, task in enumerate(tasks)
+    }

@@ -67,6 +67,9 @@ class RequestForm(ABC):
         """
         user, time, needs = self.user(), self.time(), self.needs
         timestamp = self.per_behavior("timestamp")
+        if needs.users and timestamp is not None and (user is None or is_text(user.type)):
+            problem = "give the user's number, since this model compares candidates with vectors of users"
+            raise RequestError(422, f"{self.place}.user_id: {problem}")
         if timestamp is None:
             if user is None:
                 problem = "give a history, or a user_id where the server has histories"

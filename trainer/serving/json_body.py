@@ -20,6 +20,7 @@ from trainer.config.mistakes import path_in, with_unique_keys, words_of
 from trainer.log.bags import Bags, Ints
 from trainer.log.encoders.encoder import Encoder
 from trainer.serving.checks import check_names
+from trainer.serving.exploration import ExplorationFields
 from trainer.serving.form import RequestForm
 from trainer.serving.histories import as_user
 from trainer.serving.numbers import codes_of_values
@@ -99,8 +100,8 @@ class RequestBody(_Body):
     numeric: dict[str, Annotated[list[Number], Field(fail_fast=True)]] = Field(default_factory=dict)
 
 
-class ScoreBody(_Body):
-    """What POST /score takes.
+class ScoreBody(ExplorationFields):
+    """What POST /score takes, besides the fields of `ExplorationFields`.
 
     Attributes:
         explain: tell which behaviors were kept for every candidate, and their weights.

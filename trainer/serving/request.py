@@ -132,6 +132,7 @@ class Needs:
         candidates, history, context, numeric: the parts of a request. Candidates and history know the same
             features; one that only the other side has is not needed.
         encoders: features that are numbers -> what makes ids of them.
+        users: whether the model compares candidates with vectors of users, by their numbers.
         rows: feature -> table rows, which ids must lie below unless they come and go.
         living: features whose ids come and go, and may be any integers; hashed: those of them whose ids are
             hashes of text.
@@ -154,6 +155,7 @@ class Needs:
     living: frozenset[str] = frozenset()
     hashed: frozenset[str] = frozenset()
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
+    users: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -165,6 +167,7 @@ class Needs:
         inputs, data, numeric = manifest.inputs, manifest.config.data, manifest.numeric
         names = names_of_inputs(manifest.recorded_features, inputs)
         context = names_of_inputs(manifest.recorded_context, inputs)
+        keys = {name: data.vectors[name].key for name in manifest.vectors}
         times = snapshot.recorded.batch.request_time
         # A model that was trained on times of another unit takes times as late as twice its own.
         trained = int(times.max()) if times.numel() else 0
@@ -181,7 +184,13 @@ class Needs:
             data.history_length,
             data.ingestion_delay,
             max(_LATEST, 2 * trained),
-            frozenset(manifest.ids),
-            frozenset(name for name, entry in manifest.ids.items() if entry.hashed),
+            frozenset(
+                [*manifest.ids, *(keys[name] for name, entry in manifest.vectors.items() if entry.raw)]
+            ),
+            frozenset(
+                [name for name, entry in manifest.ids.items() if entry.hashed]
+                + [keys[name] for name, entry in manifest.vectors.items() if entry.hashed]
+            ),
             {name: given.encoder for name, given in inputs.items() if given.encoder is not None},
+            any(key not in inputs for key in keys.values()),
         )

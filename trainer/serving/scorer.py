@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from embeddings.errors import ConfigError
+from trainer.config.sections import DataConfig
 from trainer.config.tasks import named_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.blocks import Block, LazyRows, with_windows
@@ -21,19 +22,24 @@ from trainer.data.files import RowGroup
 from trainer.data.labels import TaskLabels
 from trainer.data.row_group import FeatureIds, Floats
 from trainer.data.rows import Columns, UserRows
+from trainer.data.similarity.keys import Key
+from trainer.data.similarity.similarity import similarities_of, vectors_used
 from trainer.log.bags import Bags, Ints
 from trainer.log.known_values import KnownValues
 from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch, Reading
 from trainer.model.windows import Selection
 from trainer.serving.checks import visible_behaviors
+from trainer.serving.exploration import Exploration, Sureness, sureness
 from trainer.serving.request import Needs, Request
 from trainer.serving.window_search import per_window
 from trainer.snapshot import Snapshot
+from trainer.snapshot.manifest import InputFeature
 
 # A feature beside the others where an answer explains: each behavior's place in the request's history.
 _PLACE = "history place"
 MOST_EXPLAINED = 100
+Explorations = Sequence[Exploration | None]
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,14 @@ class Answer:
         explanations: branch -> one for each of the c candidates; empty unless asked for.
         history_used: behaviors that the model could see.
         unknown: place -> raw values there that stand for no id.
+        sureness: how sure the model is; None unless asked for.
     """
 
     probabilities: Floats
     explanations: Mapping[str, list[Explanation]]
     history_used: int = 0
     unknown: Mapping[str, int] = field(default_factory=dict)
+    sureness: Sureness | None = None
 
 
 class Seconds(NamedTuple):
@@ -102,6 +110,7 @@ class Scorer:
             numeric=manifest.numeric,
             chunk=chunk if self.data.clusters else 0,
             domain=_domain_of(self.data.domain, self.needs),
+            similarities=similarities_of(self.data, _keys_of(self.data, manifest.inputs), snapshot.vectors),
         )
         # `trainer.serving.versions` sets them: requests may hold raw values of these features.
         self.vocabularies: Mapping[str, KnownValues] = {}
@@ -136,8 +145,12 @@ class Scorer:
             blocks.append(Block((), r, r + 1, int(request.history.time.size), request.count, lazy))
         return collate(blocks, self.data, columns, int(rows.candidate_offsets[-1]))
 
-    def score(self, requests: Sequence[Request], explain: bool = False) -> tuple[list[Answer], Seconds]:
+    def score(
+        self, requests: Sequence[Request], explain: bool = False, explore: Explorations = ()
+    ) -> tuple[list[Answer], Seconds]:
         """One model call for all requests; each gets what it would get alone, to 1e-6.
+
+        `explore`: of each request, what is asked of how sure the model is; empty: nothing of any.
 
         The product of a matrix with more rows may round the last bit otherwise; nothing else differs.
         """
@@ -147,7 +160,8 @@ class Scorer:
         pooling = self.snapshot.model.pooling
         hook = pooling.register_forward_hook(lambda _, __, pooled: read.update(pooled.of_branch))
         try:
-            probabilities = self.snapshot.score(batch).numpy()
+            judged = self.snapshot.judge(batch) if any(explore) else None
+            scores = self.snapshot.score(batch) if judged is None else judged.mean.sigmoid()
         finally:
             hook.remove()
         ended = self.clock()
@@ -157,8 +171,8 @@ class Scorer:
             for name, each in read.items()
             if explain and each.weight_CHK is not None
         }
-        answers, begin = [], 0
-        for request in requests:
+        answers, begin, probabilities = [], 0, scores.numpy()
+        for request, asked in zip(requests, explore or [None] * len(requests), strict=True):
             own = slice(begin, begin + request.count)
             answers.append(
                 Answer(
@@ -166,6 +180,7 @@ class Scorer:
                     {name: explanations[own] for name, explanations in explained.items()},
                     visible_behaviors(request, self.needs),
                     request.unknown,
+                    None if judged is None or asked is None else sureness(judged, own, request, asked),
                 )
             )
             begin = own.stop
@@ -179,6 +194,21 @@ def _infos(names: Sequence[str], needs: Needs) -> dict[str, FeatureInfo]:
     ids = {name: FeatureInfo(rows=needs.rows.get(name, 1)) for name in names if name not in needs.encoders}
     numbers = {name: FeatureInfo(rows=1, encoder=encoder) for name, encoder in needs.encoders.items()}
     return {name: ids.get(name) or numbers[name] for name in names}
+
+
+def _keys_of(data: DataConfig, inputs: Mapping[str, InputFeature]) -> dict[str, Key]:
+    """What has the vectors of each name, in requests."""
+    found = {}
+    for vectors in vectors_used(data):
+        name = data.vectors[vectors].key
+        given = inputs.get(name)
+        if given is None:
+            found[vectors] = Key(name, "users", None)
+        elif given.side == "context":
+            found[vectors] = Key(name, "requests", FeatureInfo(rows=1))
+        else:
+            found[vectors] = Key(name, "items", FeatureInfo(rows=1, side=given.side))
+    return found
 
 
 def _domain_of(feature: str, needs: Needs) -> DomainColumn | None:

@@ -7,11 +7,15 @@ from pathlib import Path
 
 from embeddings.errors import SnapshotError
 from embeddings.lookup.stored import StoredTable
+from trainer.data.similarity.vectors import Vectors
 from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot.id_maps import LayeredIds, read_ids
-from trainer.snapshot.manifest import ListedFile, SnapshotIds, SnapshotManifest, StoredRows, read_manifest
+from trainer.snapshot.manifest import ListedFile, SnapshotIds, SnapshotManifest, StoredRows
 from trainer.snapshot.matrix_file import LayeredReader
+from trainer.snapshot.reading import read_manifest
 from trainer.snapshot.rows import read_rows
+from trainer.snapshot.vector_entries import vectors_path
+from trainer.snapshot.vectors import read_vectors
 
 # A chain this long would be slower to load than to write anew.
 LONGEST_CHAIN = 64
@@ -68,6 +72,25 @@ class Chain:
     def id_files(self, name: str) -> list[tuple[Path, ListedFile]]:
         """The files that hold a map of ids, in whichever version."""
         return [(path, listed[file]) for path, file, _, listed in self._holding_ids(name)]
+
+    def vectors(self, name: str) -> Vectors:
+        """Pre-trained vectors of the newest version; their file is taken for checked.
+
+        Raises:
+            SnapshotError: the file is not what its manifest says, or a base does not have it.
+        """
+        folder, _ = self.vectors_file(name)
+        return read_vectors(folder, name, self.manifest.vectors[name])
+
+    def vectors_file(self, name: str) -> tuple[Path, ListedFile]:
+        """The file that holds them, and the folder of its version."""
+        for path, manifest in self.versions:
+            described = manifest.vectors.get(name)
+            if described is None:
+                break
+            if not described.of_base:
+                return path, manifest.listed()[vectors_path(name)]
+        raise SnapshotError(self.path, f"no version that it builds on holds its vectors {name}")
 
     def _holding_ids(self, name: str) -> list[tuple[Path, str, SnapshotIds, dict[str, ListedFile]]]:
         """The versions that a map of ids is put together from, oldest first."""

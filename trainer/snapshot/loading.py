@@ -21,8 +21,10 @@ from trainer.config.tasks import Task, named_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import unpack
 from trainer.data.living_ids import looked_up
+from trainer.data.similarity.vectors import Vectors
 from trainer.log.schema import ANY_ID, FeatureInfo
 from trainer.model.frame import Prediction, TwoStageModel
+from trainer.model.heads.last_layer import watched
 from trainer.model.windows import Selection
 from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot.chain import read_chain
@@ -33,12 +35,15 @@ from trainer.snapshot.manifest import (
     LATEST,
     OWN,
     RECORDED,
+    UNCERTAINTY,
     VERSION_NAME,
     SearchPart,
     SnapshotManifest,
     search_stem,
 )
 from trainer.snapshot.rows import expect_like, read_tensors
+from trainer.snapshot.uncertainty import Judgement, Posterior, last_layer_obstacle, with_one
+from trainer.snapshot.vector_entries import FOLDER
 from trainer.storage import is_remote
 
 _MOST_RETRIES = 10
@@ -65,6 +70,8 @@ class Snapshot:
 
     Attributes:
         id_maps: of the features whose ids come and go, see `SnapshotManifest.ids`.
+        vectors: pre-trained ones by their names in the config, which whoever makes batches compares.
+        posteriors: task -> that of its last map, in the order of the tasks; empty where the version has none.
     """
 
     path: Path
@@ -72,12 +79,30 @@ class Snapshot:
     model: TwoStageModel
     recorded: RecordedRequests
     id_maps: Mapping[str, LayeredIds] = field(default_factory=dict)
+    vectors: Mapping[str, Vectors] = field(default_factory=dict)
+    posteriors: Mapping[str, Posterior] = field(default_factory=dict)
 
     @torch.no_grad()
     def score(self, batch: RequestBatch) -> Tensor:
         """Probabilities, float32 [C, T], of a batch as the reader gives it: with ids, not rows."""
         prediction: Prediction = self.model(self.with_rows(batch))
         return prediction.logits.sigmoid()
+
+    @torch.no_grad()
+    def features(self, batch: RequestBatch) -> tuple[Tensor, list[Tensor]]:
+        """Of such a batch: logits [C, T], and of each task phi [C, D], see `trainer.snapshot.uncertainty`.
+
+        The head must have last layers, see `Head.last_layer_obstacle`.
+        """
+        layers = self.model.head.last_layers()
+        with watched(layers) as given:
+            prediction: Prediction = self.model(self.with_rows(batch))
+        return prediction.logits, [with_one(given[layer.map]) for layer in layers]
+
+    def judge(self, batch: RequestBatch) -> Judgement:
+        """What it says of such a batch, and how sure it is; for a version that has posteriors."""
+        with torch.no_grad():
+            return Judgement.of(*self.features(batch), self.posteriors)
 
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Selection]:
@@ -129,6 +154,11 @@ class Snapshot:
                 mine, theirs = ("dense", "raw") if entry.raw else ("raw", "dense")
                 problem = f"its ids of {feature!r} are {mine}, and those that the snapshot was trained with"
                 raise DataError(f"{problem} are {theirs}; ingest both alike", file=log)
+        for name, described in self.manifest.vectors.items():
+            key = self.manifest.config.data.vectors[name].key
+            if key in known and known[key].raw != described.raw:
+                problem = f"its ids of {key!r} are others than those that the snapshot has vectors of"
+                raise DataError(f"{problem}: raw on one side only; ingest both alike", file=log)
         for feature, expected in self.manifest.vocabularies.items():
             if feature not in known:
                 raise DataError(f"lacks the feature {feature!r} that the snapshot needs", file=log)
@@ -261,10 +291,13 @@ def _load(path: Path, known: Collection[Path]) -> Snapshot:
     chain = read_chain(path)
     manifest = chain.manifest
     matrices = {stem: name for stem, name, _ in manifest.matrices() if stem.startswith("tables/")}
-    layered = ("tables/", "search/", "ids/")
+    layered = ("tables/", "search/", "ids/", FOLDER)
     apart = [(path, e) for e in manifest.listed().values() if not e.path.startswith(layered)]
     of_maps = (file for name in manifest.ids for file in chain.id_files(name))
-    check_files([*apart, *of_maps, *(file for stem in matrices for file in chain.files(stem))], known)
+    of_vectors = (chain.vectors_file(name) for name in manifest.vectors)
+    check_files(
+        [*apart, *of_maps, *of_vectors, *(file for stem in matrices for file in chain.files(stem))], known
+    )
     named = tuple(manifest.config.tasks) or tuple(manifest.tasks)
     if tuple(manifest.tasks) != named:
         order = f"{', '.join(manifest.tasks)}, and its config has {', '.join(named)}"
@@ -287,7 +320,27 @@ def _load(path: Path, known: Collection[Path]) -> Snapshot:
     expect_like(path, DENSE, dense, model.state_dict())
     _fitted_to_config(path, lambda: model.load_state_dict(dense, assign=True))
     id_maps = {name: chain.id_map(name) for name in manifest.ids}
-    return Snapshot(path, manifest, model.eval(), _recorded(path, manifest), id_maps)
+    vectors = {name: chain.vectors(name) for name in manifest.vectors}
+    posteriors = _posteriors(path, manifest, model)
+    recorded = _recorded(path, manifest)
+    return Snapshot(path, manifest, model.eval(), recorded, id_maps, vectors, posteriors)
+
+
+def _posteriors(path: Path, manifest: SnapshotManifest, model: TwoStageModel) -> dict[str, Posterior]:
+    if manifest.uncertainty is None:
+        return {}
+    if problem := last_layer_obstacle(manifest.config.model, manifest.config.tasks):
+        raise SnapshotError(path / MANIFEST, f"says how sure it is, but {problem}")
+    found, widths = (
+        read_tensors(path, UNCERTAINTY),
+        [each.map.in_features for each in model.head.last_layers()],
+    )
+    like = {
+        task: torch.empty(width + 1, width + 1, device="meta")
+        for task, width in zip(manifest.tasks, widths, strict=True)
+    }
+    expect_like(path, UNCERTAINTY, found, like)
+    return {task: Posterior(found[task].clone()) for task in manifest.tasks}
 
 
 def _group(name: str, manifest: SnapshotManifest, tasks: Sequence[Task]) -> TableGroup:

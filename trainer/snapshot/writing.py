@@ -25,6 +25,7 @@ from embeddings.plan.memory import gigabytes
 from trainer.checkpoint.tensors import TensorReader
 from trainer.data.batch import RequestBatch
 from trainer.data.batch_file import pack
+from trainer.data.similarity.vectors import Vectors
 from trainer.log.schema import FeatureInfo
 from trainer.run_config import Config
 from trainer.snapshot.chain import Chain
@@ -36,6 +37,7 @@ from trainer.snapshot.manifest import (
     OWN,
     RECORDED,
     SEAL,
+    UNCERTAINTY,
     SearchPart,
     SearchTable,
     SnapshotFile,
@@ -50,6 +52,9 @@ from trainer.snapshot.manifest import (
 from trainer.snapshot.publishing import describe
 from trainer.snapshot.rows import RowSource, block_rows, write_changes, write_rows, write_touched
 from trainer.snapshot.search import Part, SearchKind, search_parts
+from trainer.snapshot.uncertainty import Posterior, Uncertainty
+from trainer.snapshot.vector_entries import SnapshotVectors, vectors_path
+from trainer.snapshot.vectors import write_vectors
 
 # Read of a checkpoint at once; and how much between two rows is read rather than leapt over. To begin anew
 # takes 0.6 ms, in which 1 to 2 MB are read.
@@ -183,6 +188,29 @@ class Draft:
             self.files[file.path] = file
         return found
 
+    def write_vectors(
+        self, vectors: Mapping[str, Vectors], infos: Mapping[str, FeatureInfo]
+    ) -> dict[str, SnapshotVectors]:
+        """All pre-trained vectors, for the manifest; those that the base has are left where they are.
+
+        Args:
+            infos: of the log's features.
+        """
+        found = {}
+        for name, given in vectors.items():
+            described, entry = write_vectors(self.folder, name, given)
+            if (info := infos.get(self.source.config.data.vectors[name].key)) is not None:
+                described = described.model_copy(update={"raw": info.raw, "hashed": info.hashed})
+            file = SnapshotFile(path=vectors_path(name), **entry)
+            if self.base is not None and name in self.base.manifest.vectors:
+                _, known = self.base.vectors_file(name)
+                if (known.bytes, known.sha256) == (file.bytes, file.sha256):
+                    (self.folder / file.path).unlink()
+                    found[name] = described.model_copy(update={"of_base": True})
+                    continue
+            self.files[file.path], found[name] = file, described
+        return found
+
     def _has_like(self, name: str, rules: IdRules) -> bool:
         """Whether the base has such a map, whose ids may have the same rows."""
         assert self.base is not None
@@ -276,6 +304,21 @@ def finish(draft: Draft, manifest: SnapshotManifest, batch: RequestBatch, traine
     draft.write_recorded(*recorded)
     files[RECORDED] = describe(part, part / RECORDED)
     return replace(snapshot, manifest=sealed(files), recorded=recorded)
+
+
+def add_uncertainty(
+    snapshot: Snapshot, described: Uncertainty, posteriors: Mapping[str, Posterior]
+) -> Snapshot:
+    """The same draft with posteriors of its last maps, which it is sealed with."""
+    part, manifest = snapshot.path, snapshot.manifest
+    (part / UNCERTAINTY).write_bytes(save({task: each.root for task, each in posteriors.items()}))
+    files = {entry.path: entry for entry in manifest.files} | {
+        UNCERTAINTY: describe(part, part / UNCERTAINTY)
+    }
+    update = {"files": tuple(files[path] for path in sorted(files)), "uncertainty": described}
+    manifest = manifest.model_copy(update=update)
+    SEAL.write(part, manifest.model_dump_json(indent=1))
+    return replace(snapshot, manifest=manifest, posteriors=posteriors)
 
 
 def group_dtypes(config: Config, dtype: Dtype, attention: Dtype) -> dict[str, Dtype]:

@@ -32,6 +32,7 @@ from trainer.objectives.step_loss import StepLoss, Tally
 from trainer.run_config import Config
 from trainer.update.dense_optimizer import DenseOptimizer, PerTaskAdam, reached_by
 from trainer.update.dominance import Dominance
+from trainer.update.gradient_watch import GradientWatch
 from trainer.update.guard import Check, Gradients, Guard, dense_norm
 from trainer.update.rules.per_task import PerTask, check_no_replicas
 from trainer.update.rules.summed import Summed
@@ -199,6 +200,9 @@ class TrainStep:
         self._unread: Check | None = None
         self._dense_optimizer = dense_optimizer(optimizer)
         self._shell, self._reach = shell, reach_of(model, config)
+        self._watch: GradientWatch | None = None
+        if every := config.train.watch_gradients:
+            self._watch = GradientWatch(shell, every, world_size, config.train.seed)
         first = config.phases[0].update if config.phases else None
         self._followed: UpdateRule | None = None
         self.follow(first or config.train.update)
@@ -275,6 +279,8 @@ class TrainStep:
                 self._statistics_before = [buffer.clone() for buffer in self._statistics]
             if self._guard is not None or not self._rule.wrapped:
                 self._cuts = opened.enter_context(self._lookups.cut())
+            if self._watch is not None:
+                opened.enter_context(self._watch.watching(self.number))
             prediction = (self._model if self._rule.wrapped else self._shell)(batch)
         losses = self.losses.of(step, prediction, self._auxiliary_weight)
         self._loss, self._silent = losses.total().detach(), losses.silent
@@ -292,6 +298,8 @@ class TrainStep:
         if self.tied is not None:
             self.tied.gather()
         pulls = self._rule.pulls(cuts)
+        if self._watch is not None and self._step is not None:
+            self._watch.collect(self._step.batch, self.number)
         gradients = [pull.gradient for pull in pulls]
         if self._guard is not None:
             with record_function("## check ##"):
@@ -313,8 +321,9 @@ class TrainStep:
             self.tied.spread()
 
     def report(self) -> dict[str, Any]:
-        """What the update rule has to say of the steps since the last call; collective."""
-        return {} if self._dominance is None else self._dominance.entry()
+        """What is to be said of the steps since the last call besides losses; collective."""
+        dominance = {} if self._dominance is None else self._dominance.entry()
+        return dominance if self._watch is None else {**dominance, **self._watch.entry()}
 
     def settle(self) -> None:
         """Read the answer to the last step's check, where the guard has not done so; collective if it is bad.

@@ -80,7 +80,7 @@ def spark() -> Iterator[Any]:
             "impressions",
             {
                 "files": {"layout": "request", "max_history": 5, "order": "time"},
-                "impressions": {"labels": PARTIAL},
+                "impressions": {"labels": PARTIAL, "exposure": {"rate": 0.3, "window_days": 4}},
             },
         ),
         ("leave-last", {}),
@@ -121,7 +121,8 @@ def test_both_engines_write_the_same_rows(
         assert found == {None, 0.0, 1.0}
         labels = {split: info.labels for split, info in duckdb.splits.items()}
         assert {split: info.labels for split, info in other.splits.items()} == labels
-        assert (other.partial, other.label_weights) == (["buy"], ["buy"])
+        assert (other.partial, other.label_weights) == (["buy"], ["click", "buy"])
+        assert duckdb.report["exposure"]["histogram"]["1"]
 
 
 def test_both_engines_continue_a_vocabulary_alike(tmp_path: Path, spark: Any) -> None:

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks.planted.recall import kept_places, measure, worth
+from benchmarks.planted.recall import worth
 from embeddings.errors import DataError
 from launch.cli import main
 from pipelines.synth import fields, orders, relevance, temporal
 from pipelines.synth.kinds import KINDS
 from pipelines.synth.log import Ints, PlantedLog
 from pipelines.synth.synth import TRUTH, synth
+from trainer.analysis.search.kept import kept_places, measure
 from trainer.config.sections import DataConfig, SearchConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import read_manifest
@@ -47,6 +48,8 @@ USERS = {
     "flip": 150,
     "digits": 150,
     "digits_number": 150,
+    "similar": 150,
+    "uncertain": 300,
 }
 # Where the oracle of a draw of this size may lie: the value of a large draw, give or take three deviations.
 ORACLE = {
@@ -70,6 +73,8 @@ ORACLE = {
     "flip": (0.71, 0.85),
     "digits": (0.87, 0.95),
     "digits_number": (0.87, 0.95),
+    "similar": (0.79, 0.89),
+    "uncertain": (0.77, 0.88),
 }
 # Of what the kinds of one task were when others came: a seed must go on giving the same log.
 DIGESTS = {

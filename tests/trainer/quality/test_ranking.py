@@ -13,23 +13,9 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import ndcg_score, roc_auc_score
 
 from embeddings.errors import DataError
-from tests.helpers.metrics import grouped_auc
+from tests.helpers.metrics import Case, cases, clustered, grouped_auc
 from trainer.quality.metrics import calibration_error, group_keys, logloss, measure
-from trainer.quality.ranking import RANKS, Floats, Ints, Ranked, auc, auc_influence, half_width
-
-TIED = [0.1, 0.2, 0.3, 0.5, 0.9]
-Case = tuple[Floats, Floats, Ints, Ints]
-
-
-def cases(labels: list[float]) -> st.SearchStrategy[Case]:
-    """Scores with many ties, labels, requests and users; each user has some of the requests."""
-    row = st.tuples(st.sampled_from(TIED), st.sampled_from(labels), st.integers(0, 5))
-
-    def arrays(rows: list[tuple[float, float, int]]) -> Case:
-        score, label, group = (np.array(part) for part in zip(*rows, strict=True))
-        return score, label.astype(float), group, group % 3
-
-    return st.lists(row, min_size=1, max_size=60).map(arrays)
+from trainer.quality.ranking import RANKS, Ranked, auc, auc_influence, half_width
 
 
 def numbers(case: Case) -> list[float]:
@@ -120,14 +106,6 @@ def test_one_positive_that_nothing_tells_from_99_negatives() -> None:
     found = measure(np.full(2000, 0.5), label, np.repeat(np.arange(20), 100))
     assert (found.hr_1, found.hr_10, found.auc, found.gauc) == pytest.approx((0.01, 0.1, 0.5, 0.5))
     assert found.auc_ci == pytest.approx(0, abs=1e-12) and found.groups == 20
-
-
-def clustered(rng: np.random.Generator, users: int) -> Case:
-    """Users differ in rate and in how well they are understood; two scores of the same labels."""
-    user = np.repeat(np.arange(users), rng.integers(1, 20, users))
-    taste = rng.normal(0, 1, users)[user] * rng.normal(0.6, 0.6, users)[user]
-    label = (rng.normal(size=user.size) + taste > 0.8).astype(float)
-    return taste + rng.normal(size=user.size), taste + rng.normal(0, 2, user.size), label, user  # type: ignore[return-value]
 
 
 def test_the_interval_is_that_of_resampled_users() -> None:

@@ -37,7 +37,8 @@ def drawn(seed: int, tasks: int = 2, users: int = 40) -> Scored:
     history = rng.choice([0, 3, 30, 6000], count, p=[0.6, 0.2, 0.1, 0.1])
     names = tuple(f"t{task}" for task in range(tasks))
     domain = np.sort(rng.integers(0, 4, count))
-    return Scored(score, label, user, request, np.arange(count), user, history, names, domain)
+    weight = rng.integers(0, 3, score.shape).astype(np.float32) if seed % 2 else None
+    return Scored(score, label, user, request, np.arange(count), user, history, names, domain, weight)
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:

@@ -44,13 +44,14 @@ def drawn(seed: int, scores: str, labels: str) -> tuple[Any, ...]:
     return score, label, user, request
 
 
-def pieces(score: Any, label: Any, user: Any, request: Any, cuts: int) -> Iterator[Part]:
+def pieces(score: Any, label: Any, user: Any, request: Any, cuts: int, weight: Any = None) -> Iterator[Part]:
     """Parts of whole users."""
     for numbers in np.array_split(np.unique(user), cuts):
         kept = np.isin(user, numbers)
         if kept.any():
             own, group = user[kept], user[kept] * 10 + request[kept]
-            yield Part(score[kept], label[kept], group, np.unique(own, return_inverse=True)[1])
+            of_kept = None if weight is None else weight[kept]
+            yield Part(score[kept], label[kept], group, np.unique(own, return_inverse=True)[1], of_kept)
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,22 +61,35 @@ def pieces(score: Any, label: Any, user: Any, request: Any, cuts: int) -> Iterat
     labels=st.sampled_from(["classes", "probabilities"]),
     cuts=st.integers(1, 6),
     bucket=st.integers(1, 40),
+    weighted=st.booleans(),
 )
 def test_metrics_and_errors_are_those_of_candidates_in_memory(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, scores: str, labels: str, cuts: int, bucket: int
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    scores: str,
+    labels: str,
+    cuts: int,
+    bucket: int,
+    weighted: bool,
 ) -> None:
     score, label, user, request = drawn(seed, scores, labels)
+    weight = np.random.default_rng(seed).integers(0, 3, score.size) / np.float32(2) if weighted else None
     probable, group = scores != "counts", user * 10 + request
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BUCKET", bucket)
         scratch = tmp_path_factory.mktemp("scratch")
-        found = assess(lambda: pieces(score, label, user, request, cuts), probable, scratch)
+        found = assess(lambda: pieces(score, label, user, request, cuts, weight), probable, scratch)
     assert not list(scratch.iterdir())
     numbered = np.unique(user, return_inverse=True)[1]
     expected: dict[str, Any] = dict(ranking_metrics(score, label, group, user))
     if probable:
-        expected |= calibration_metrics(score, label)
-        whole = measure(score, label, group, user).as_dict()
+        expected |= calibration_metrics(score, label, user)
+        whole = measure(score, label, group, user, weight).as_dict()
+        assert ("pcoc_weighted" in whole) == weighted
+        if weighted and (weight * label).any():
+            assert same(whole["pcoc_weighted"], (weight * score).sum() / (weight * label).sum())
+        if weighted:
+            expected["pcoc_weighted"] = whole["pcoc_weighted"]
         of_found = found.metrics().as_dict()
         assert of_found.keys() == whole.keys()
         assert all(same(of_found[name], value) for name, value in whole.items())

@@ -250,7 +250,7 @@ def views(sizes: list[int]) -> pa.Array:
 
 def test_arrow_lists_of_any_kind_are_the_same(fine: Body, needs: Needs) -> None:
     items = fine["candidates"]["item_id"]
-    expected = read_arrow(stream(arrow(fine)), {}, needs, Limits())[0]
+    expected = read_arrow(stream(arrow(fine)), {}, needs, Limits())[0][0]
     indices = pa.array(range(len(items)), pa.int8())
     dictionary = pa.DictionaryArray.from_arrays(indices, pa.array(items, pa.int32()))
     offsets = pa.array([0, len(items)], pa.int32())
@@ -260,15 +260,15 @@ def test_arrow_lists_of_any_kind_are_the_same(fine: Body, needs: Needs) -> None:
         pa.array([items], pa.list_(pa.int64(), len(items))),
         pa.ListArray.from_arrays(offsets, dictionary),
     ):
-        found = read_arrow(stream(arrow(fine, candidate_item_id=column)), {}, needs, Limits())[0]
+        found = read_arrow(stream(arrow(fine, candidate_item_id=column)), {}, needs, Limits())[0][0]
         assert np.array_equal(found.candidates["item_id"].values, expected.candidates["item_id"].values)
     short = {
         **fine,
         "history": {"timestamp": [], "features": {name: [] for name in fine["history"]["features"]}},
     }
-    assert read_arrow(stream(arrow(short)), {}, needs, Limits())[0].history.time.size == 0
+    assert read_arrow(stream(arrow(short)), {}, needs, Limits())[0][0].history.time.size == 0
     tags = pa.ListArray.from_arrays(pa.array([0, len(items)], pa.int32()), views([2] * len(items)))
-    found = read_arrow(stream(arrow(fine, candidate_tags=tags)), {}, needs, Limits())[0]
+    found = read_arrow(stream(arrow(fine, candidate_tags=tags)), {}, needs, Limits())[0][0]
     assert found.candidates["tags"].values.tolist() == [1] * 2 * len(items)
 
 
@@ -395,9 +395,9 @@ def test_a_large_body_is_scored_in_several_calls(snapshot: Snapshot, monkeypatch
                 client.service.limits = Limits(explained=6 * count)
                 plain = client.service.versions.scorer.score
 
-                def noting(requests: Any, explain: bool, to: Any = (plain, calls)) -> Any:
+                def noting(requests: Any, *more: Any, to: Any = (plain, calls)) -> Any:
                     to[1].append(len(requests))
-                    return to[0](requests, explain)
+                    return to[0](requests, *more)
 
                 monkeypatch.setattr(client.service.versions.scorer, "score", noting)
                 found.append((await client.score(*[fine] * 5))["results"])

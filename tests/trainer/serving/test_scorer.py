@@ -142,7 +142,7 @@ def test_arrow_and_json_are_the_same_request(log: Path) -> None:
     ):
         for name in parts[0]:
             columns[f"{side}_{name}"] = arrow_column(side, name, [part[name] for part in parts])
-    read = read_arrow(stream(pa.table(columns), rows=4), {}, serving.needs, Limits())
+    read, _ = read_arrow(stream(pa.table(columns), rows=4), {}, serving.needs, Limits())
     (expected, _), (found, _) = serving.score([request for _, request in named]), serving.score(read)
     answer = pa.ipc.open_stream(write_arrow(found, serving.tasks, "v00000003")).read_all()
     assert answer.schema.metadata == {b"version": b"v00000003"} and len(found) == 9

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from trainer.model.heads.expert_layer import ExpertLayer, Stream, joined
 from trainer.model.heads.expert_settings import ExpertsKeys, problems_of, reads_prior, unread_keys
 from trainer.model.heads.grouped import DomainLinear
 from trainer.model.heads.head import Head, HeadInput, HeadOutput, HeadSizes
+from trainer.model.heads.last_layer import LastLayer
 from trainer.model.heads.mixer import SHARED, key_of
 from trainer.model.heads.towers import PriorGate, Tower
 from trainer.model.ops.by_group import Groups
@@ -133,6 +134,14 @@ class ExpertsHead(Head):
         own = [_gate_key(name) for name in self.own_sets(task)]
         modules += [self.input_gates[name] for name in own if name in self.input_gates]
         return [parameter for module in modules for parameter in module.parameters()]
+
+    @classmethod
+    def last_layer_obstacle(cls, model: Any) -> str:
+        return 'towers.per = "domain" has a last map for each domain' if model.towers.per == "domain" else ""
+
+    def last_layers(self) -> list[LastLayer]:
+        lasts = [cast(Tower, self.towers[key_of(task)]).layers[-1] for task in self.tasks]
+        return [LastLayer(cast(nn.Linear, last), 0) for last in lasts]
 
     def domain_parameters(self) -> list[nn.Parameter]:
         maps = [module for module in self.towers.modules() if isinstance(module, DomainLinear)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config.model import ModelKeys, Width
 from trainer.config.tasks import Task
+from trainer.model.heads.last_layer import LastLayer
 from trainer.model.ops.precision import full
 
 
@@ -166,6 +167,15 @@ class Head(nn.Module):
         return False
 
     @classmethod
+    def last_layer_obstacle(cls, model: Any) -> str:
+        """Why a logit of a head with these settings is no linear map of one vector; empty if all are."""
+        return f'head = "{model.head}" has no last linear map of its own for each task'
+
+    def last_layers(self) -> list[LastLayer]:
+        """The last map of each task with a tower, where `last_layer_obstacle` names nothing."""
+        raise NotImplementedError
+
+    @classmethod
     def weights_of_tasks(cls, model: Any) -> TaskWeights:
         """Of a head with these settings; by it a run with other tasks can start from this one's weights.
 
@@ -241,6 +251,15 @@ class MlpHead(Head):
         super().__init__()
         self.tasks = len(sizes.tasks)
         self.layers = Perceptron(sizes.width, hidden, sizes.outputs, norm).layers
+
+    @classmethod
+    def last_layer_obstacle(cls, model: Any) -> str:
+        return ""
+
+    def last_layers(self) -> list[LastLayer]:
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        return [LastLayer(last, task) for task in range(self.tasks)]
 
     def forward(self, given: HeadInput) -> HeadOutput:
         return HeadOutput.of(self.layers(torch.cat(given.parts, dim=1)), self.tasks)

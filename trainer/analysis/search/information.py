@@ -1,13 +1,14 @@
 """The ground truth of a search: how much a behavior tells about the response to a target.
 
 For target category t, behavior category c and place p (1 = newest), over the candidates of category t whose
-window has a place p: the mutual information, in bits, of "the behavior at p is of category c" and "clicked"
-(TIN, section 2; DARE, section 4.4).
+window has a place p: the mutual information, in bits, of "the behavior at p is of category c" and the label
+(TIN, section 2; DARE, section 4.4). A count of 0 is 0 log 0 = 0. Candidates whose label was not observed, and
+those without a place p, are not counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from trainer.model.windows import first_ids, windows_of
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+# Windows that are counted at a time, for the memory of it.
+_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,11 @@ class Impressions:
 
 
 def read_impressions(reader: SequenceLogReader, feature: str, length: int, rows: int) -> Impressions:
-    """Read a whole split; `rows` bounds the ids of `feature`. The first task is the click."""
+    """Read a split; the label is that of the first task.
+
+    Args:
+        feature: of both sides, one id each; length: L; rows: of `feature`, 32,768 at most.
+    """
     windows, pairs, requests = [], [], 0
     with closing(reader.steps()) as steps:
         for step in steps:
@@ -58,12 +65,14 @@ def _of_batch(
 ) -> tuple[npt.NDArray[np.int16], Ints]:
     """Windows [R, L], and requests, categories, shown and clicked [4, S]."""
     ids_N, ids_C = first_ids(batch, feature)
+    label = batch.labels[:, 0].numpy()
+    known = ~np.isnan(label)
     window = np.full((batch.requests, length), -1, dtype=np.int16)
     found = window_ids(batch, ids_N, length)
     window[:, : found.shape[1]] = found
-    key = batch.candidate_request.numpy() * rows + ids_C.numpy()
+    key = (batch.candidate_request.numpy() * rows + ids_C.numpy())[known]
     pair, place = np.unique(key, return_inverse=True)
-    clicked = np.bincount(place, weights=batch.labels[:, 0].numpy() > 0, minlength=pair.size)
+    clicked = np.bincount(place, weights=label[known] > 0, minlength=pair.size)
     shown = np.bincount(place, minlength=pair.size)
     return window, np.stack([pair // rows, pair % rows, shown, clicked.astype(np.int64)])
 
@@ -97,13 +106,16 @@ class Truth:
         return np.where(window >= 0, gain, 0.0).astype(np.float64)
 
 
-def count_truths(split: Impressions, rows: int) -> dict[str, Truth]:
+def count_truths(
+    split: Impressions, rows: int, kinds: Sequence[str] = ("exact", "pooled")
+) -> dict[str, Truth]:
     """Count all 2 x 2 tables of a split, of `exact` places, and of places `pooled` to powers of two.
 
-    Each place of a bin is an observation of its own.
+    Each place of a bin is an observation of its own. A table of exact places has rows x rows x L cells, most
+    of which hold few observations, so that much of their information is chance.
     """
     length = split.window.shape[1]
-    bins = {name: places(length, name == "pooled") for name in ("exact", "pooled")}
+    bins = {name: places(length, name == "pooled") for name in kinds}
     gains = {n: np.zeros((rows, rows, int(each[-1]) + 1), dtype=np.float32) for n, each in bins.items()}
     total = np.zeros(rows, dtype=np.int64)
     for target, chosen in _by_target(split, rows):
@@ -127,12 +139,15 @@ def _by_target(split: Impressions, rows: int) -> Iterator[tuple[int, Ints]]:
 def _present(split: Impressions, chosen: Ints, weight: Ints, rows: int) -> Floats:
     """How often each category is at each place of the chosen windows, counted `weight` times: [rows, L]."""
     chosen, weight = chosen[weight > 0], weight[weight > 0]
-    window = split.window[split.request[chosen]].astype(np.int64)
-    length = window.shape[1]
-    place = np.where(window >= 0, window * length + np.arange(length), rows * length)
-    weights = np.broadcast_to(weight[:, None], place.shape).reshape(-1)
-    found = np.bincount(place.reshape(-1), weights=weights, minlength=rows * length + 1)
-    return np.asarray(found[:-1].reshape(rows, length))
+    length = split.window.shape[1]
+    found = np.zeros(rows * length + 1)
+    for first in range(0, len(chosen), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        window = split.window[split.request[chosen[part]]].astype(np.int64)
+        place = np.where(window >= 0, window * length + np.arange(length), rows * length)
+        weights = np.broadcast_to(weight[part, None], place.shape).reshape(-1)
+        found += np.bincount(place.reshape(-1), weights=weights, minlength=rows * length + 1)
+    return found[:-1].reshape(rows, length)
 
 
 def _totals(seen: list[Floats]) -> tuple[Floats, Floats]:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.planted.recall import kept_behaviors
-from benchmarks.retrieval.information import count_truths, places, read_impressions
-from benchmarks.retrieval.ranking import Ranking, quality, rank, references
 from tests.helpers.logs import FEATURES
 from tests.helpers.models import batch_of, model_of, preset, small_log
+from trainer.analysis.search.information import count_truths, places, read_impressions
+from trainer.analysis.search.kept import kept_behaviors
+from trainer.analysis.search.ranking import Ranking, quality, rank, references
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 

@@ -1,0 +1,84 @@
+"""The verbs that write and read snapshots; `launch.cli` adds them to the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from launch.options import (
+    At,
+    Cache,
+    Checkpoint,
+    Device,
+    Dtype,
+    PriorPrecision,
+    RunFolder,
+    Search,
+    Snapshot,
+    Split,
+    Uncertainty,
+    UncertaintyCandidates,
+    Weights,
+)
+from launch.quick_imports import quick_imports
+
+
+def export(
+    run_folder: RunFolder,
+    out: Annotated[Path, At(metavar="SNAP", help="The snapshot folder to write.")],
+    dtype: Annotated[Dtype, Option(help="How tables of representation are stored.")] = "fp32",
+    attention_dtype: Annotated[Dtype, Option(help="How tables of attention are stored.")] = "fp16",
+    since: Annotated[str, Option(metavar="BASE", help="Write only rows that differ from this version.")] = "",
+    keep: Annotated[int, Option(min=0, help="Newest versions that stay; 0: all.")] = 0,
+    parity_requests: Annotated[
+        int, Option(min=0, help="Validation requests to compare AUC on; 0: none.")
+    ] = 1000,
+    aoti: Annotated[bool, Option("--aoti", help="Add the dense part as machine code (g++).")] = False,
+    vocabularies: Annotated[
+        bool | None,
+        Option(
+            "--vocabularies/--no-vocabularies",
+            help="Add the values that the ids stand for; the default: if they are small.",
+        ),
+    ] = None,
+    checkpoint: Checkpoint = "",
+    device: Device = None,
+    search: Annotated[
+        Search, Option(help="For a retrieval service: add the vectors that are projected from tables.")
+    ] = "none",
+    weights: Weights = "raw",
+    uncertainty: Uncertainty = False,
+    uncertainty_candidates: UncertaintyCandidates = 200_000,
+    prior_precision: PriorPrecision = 0.0,
+) -> None:
+    """Write a serving snapshot, checked against the run."""
+    with quick_imports():
+        from pipelines.export import export as run
+        from pipelines.export_uncertainty import UncertaintyOptions
+
+    sure = UncertaintyOptions(uncertainty_candidates, prior_precision) if uncertainty else None
+    rest = (parity_requests, aoti, vocabularies, checkpoint, device, search, weights, sure)
+    run(run_folder, out, dtype, attention_dtype, since, keep, *rest)
+
+
+def score(
+    snapshot: Snapshot,
+    requests: Annotated[Path, At(metavar="LOG", help="A sequence log.")],
+    out: Annotated[Path, At(metavar="FILE", help="Scores to write, Parquet.")],
+    split: Split = "test",
+    limit: Annotated[int, Option(min=0, help="At most so many requests; 0: all.")] = 0,
+    against: Annotated[
+        Path | None, At(metavar="FILE", help="Scores kept by `evaluate` to compare with.")
+    ] = None,
+    cache: Cache = None,
+    uncertainty: Annotated[
+        bool, Option("--uncertainty", help="Add mean and deviation of each logit; see `export`.")
+    ] = False,
+) -> None:
+    """Score requests with a snapshot, without the trainer."""
+    with quick_imports():
+        from pipelines.score import score as run
+
+    run(snapshot, requests, split, limit, out, against, cache, uncertainty)

@@ -1,0 +1,47 @@
+"""Run on every rank: steps whose gradients are watched, with tables in several places; findings go to a file.
+
+torchrun --nproc-per-node N -m tests.programs.watched_gradients LOG OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipelines.console import quiet_third_parties
+from tests.helpers.per_task import PER_TASK, training
+from tests.programs.preset_steps import small_config
+from trainer.ranks.process_group import process_group
+
+STEPS = 4
+WATCHED = "train.watch_gradients=2"
+# The first on one rank, too, where it holds its tables whole.
+CASES = {
+    "twin": ("twin_paper_dare", "none", []),
+    "row-wise": ("twin_paper_dare", "none", ['groups.shared.sharding=["row_wise"]']),
+    "column-wise": (
+        "twin_paper_dare", "none",
+        ['groups.shared.sharding=["column_wise"]', "groups.shared.optimizer=adagrad"],
+    ),
+    "on every rank": ("twin_paper_dare", "none", ['groups.shared.sharding=["data_parallel"]']),
+    "ahead": ("twin_paper_dare", "sparse_dist", ["model.lookup=full"]),
+    "by task": ("mmoe", "none", [PER_TASK]),
+}  # fmt: skip
+
+
+def main() -> None:
+    log, out, found = Path(sys.argv[1]), Path(sys.argv[2]), dict[str, Any]()
+    quiet_third_parties()
+    with process_group(60) as ranks:
+        for name, (preset, way, words) in CASES.items():
+            made = training(small_config(preset, log, WATCHED, *words), ranks, out.parent, way)
+            assert len(list(made.steps(STEPS))) == STEPS
+            found[name] = made.step.report()["gradients"]
+        if ranks.rank == 0:
+            out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the tables and the model of a run have learned, as numbers; `pipelines.analyze` draws them."""
