@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -38,12 +40,10 @@ def codes_of_values(values: Sequence[float | str | None], encoder: Encoder, plac
     except (ValueError, OverflowError):
         given = np.empty(0, dtype=object)
     if given.dtype == np.int64:
-        codes = (
-            code_of(given) if encoder.step == 1 else codes_of_reals(given.astype(np.float64), encoder.step)
-        )
+        codes = _of_integers(given, encoder)
     elif given.dtype == np.float64 and np.abs(given).max() < _EXACT:
         # Integers among them are exact, too.
-        codes = codes_of_reals(given, encoder.step)
+        codes = codes_of_reals(given.astype(np.float64, copy=False), encoder.step)
     else:
         codes = np.array([_code(value, encoder, f"{place}[{at}]") for at, value in enumerate(values)])
     return in_range(codes, *encoder.limits)
@@ -83,6 +83,12 @@ def codes_of_array(values: pa.Array, encoder: Encoder, place: str) -> Ints:
         raise RequestError(422, f"{place}: holds {kind}, expected numbers")
     codes[missing] = MISSING
     return in_range(codes, *encoder.limits)
+
+
+def _of_integers(whole: npt.NDArray[Any], encoder: Encoder) -> Ints:
+    if encoder.step == 1:
+        return code_of(whole.astype(np.int64))
+    return codes_of_reals(whole.astype(np.float64), encoder.step)
 
 
 def _code(value: float | str | None, encoder: Encoder, place: str) -> int:
