@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from embeddings.errors import ConfigError
-from pipelines.analyze import collapse, curves, gradients, quality, search, tables
+from pipelines.analyze import collapse, curves, entanglement, gradients, quality, search, tables
 from pipelines.analyze.options import AnalyzeOptions
 from pipelines.analyze.report.model import Section
 from pipelines.analyze.runs import AnalysedRun
@@ -14,6 +14,7 @@ Analyse = Callable[[Sequence[AnalysedRun], AnalyzeOptions], Section]
 
 SECTIONS: Mapping[str, Analyse] = {
     "collapse": collapse.analyse,
+    "entanglement": entanglement.analyse,
     "gradients": gradients.analyse,
     "search": search.analyse,
     "tables": tables.analyse,

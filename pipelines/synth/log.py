@@ -39,7 +39,7 @@ class PlantedSplit:
         probabilities: task -> float64 [U, R, M], P(label = 1 | it is observed).
         labels: task -> float32 [U, R, M], one draw from it; NaN where it was not observed.
         segment: [U], which kind of user each one is, where the law of the labels tells kinds apart.
-        numbers: name -> float32 [U, R, M], numbers that candidates have.
+        numbers: name -> float [U, R, M], numbers that candidates have.
     """
 
     user_id: Ints
@@ -52,7 +52,7 @@ class PlantedSplit:
     probabilities: Mapping[str, Floats]
     labels: Mapping[str, Labels]
     segment: Ints | None = None
-    numbers: Mapping[str, Labels] = field(default_factory=dict)
+    numbers: Mapping[str, Floats | Labels] = field(default_factory=dict)
 
     @property
     def probability(self) -> Floats:

@@ -12,19 +12,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
+from trainer.analysis.readings import places_of, pooled_of, weighted_sum, weights_of
 from trainer.analysis.search.information import Floats, Ints
 from trainer.data.batch import RequestBatch
-from trainer.model.frame import Pooled, TwoStageModel
+from trainer.model.frame import TwoStageModel
 
 CLUSTERS = (2, 5, 10, 20, 50, 100, 200)
 # Candidates a cluster, at least: fewer say nothing of its labels.
 _FEWEST = 20
-# Candidates that are pooled at a time, for the memory of it.
-_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ class Discriminability:
     by_chance: Floats
 
 
-@torch.no_grad()
 def pooled_vectors(model: TwoStageModel, batch: RequestBatch) -> Floats:
     """h of each candidate, sum_k w_k e_k over its kept behaviors: float32 [C, D], branches side by side.
 
@@ -52,24 +49,14 @@ def pooled_vectors(model: TwoStageModel, batch: RequestBatch) -> Floats:
     Args:
         batch: with the ids that the model knows.
     """
-    seen: list[Pooled] = []
-    hook = model.pooling.register_forward_hook(lambda _, __, pooled: seen.append(pooled))
-    try:
-        model(batch)
-    finally:
-        hook.remove()
-    (pooled,) = seen
-    parts = []
-    for reading in pooled.of_branch.values():
-        if reading.weight_CHK is not None:
-            behaviors, place_CK = reading.behaviors, reading.behaviors.place_CK
-            weight_CK = reading.weight_CHK.mean(1)
-            chunks = zip(weight_CK.split(_AT_ONCE), place_CK.split(_AT_ONCE), strict=True)
-            own = [(weights[:, None] @ behaviors.value_SD[places])[:, 0] for weights, places in chunks]
-            parts.append(torch.cat(own) if own else behaviors.value_SD.new_zeros(0, 0))
+    parts = [
+        weighted_sum(reading.behaviors.value_SD, places_of(reading), weights_of(reading))
+        for reading in pooled_of(model, batch).of_branch.values()
+        if reading.weight_CHK is not None
+    ]
     if not parts:
         return np.zeros((batch.candidates, 0), dtype=np.float32)
-    return np.asarray(torch.cat(parts, dim=1).float().cpu().numpy())
+    return np.concatenate(parts, axis=1)
 
 
 def discriminability(
