@@ -255,9 +255,8 @@ def _alarms(found: Study, suffix: str) -> Iterator[Finding]:
             auc, pcoc = over_runs("auc", own), over_runs("pcoc", own)
             if auc.low <= 0.5:
                 value = f"AUC {auc.value:.4f} [{auc.low:.4f}, {auc.high:.4f}]"
-                text = f"{value}: {label} orders candidates by {task}"
-                wrong = auc.high < 0.5
-                text += " worse than chance" if wrong else " no better than chance, as far as can be told"
+                wrong, order = auc.high < 0.5, f"the order that {label} gives candidates by {task}"
+                text = f"{value}: {order} {'is worse than' if wrong else 'cannot be told from'} chance"
                 yield Finding("alarm" if wrong else "notice", text, f"quality_whole{suffix}")
             if not low <= pcoc.value <= high and pcoc.excludes(1):
                 text = (
