@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
+from benchmarks.harness.timing import one_thread
 from benchmarks.inputs.bandit import OFFERS, RULES, regrets
 from benchmarks.models import mean
 from pipelines.export import export
@@ -55,6 +56,7 @@ WITHIN = 1.6449
 SEEN = ((0, 1), (1, 10), (10, 100), (100, 1 << 40))
 
 
+@one_thread()
 def main(words: Sequence[str]) -> None:
     options = Options("uncertainty", __doc__).measuring(repeats=3)
     options.add_argument("--users", type=int, default=3_000, help="to train on")
