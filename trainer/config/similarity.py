@@ -21,7 +21,7 @@ USER: str = "user_id"
 
 
 class VectorsConfig(Settings):
-    """Pre-trained vectors in Parquet: one row an id, from any model. See docs/similarity.md."""
+    """Pre-trained vectors in Parquet: one row an id, from any model. See docs/encoders.md."""
 
     file: PlaceSetting = Path("vectors.parquet")
     """The file, or a folder with `*.parquet` files, here or in an object store."""
@@ -40,9 +40,9 @@ class VectorsConfig(Settings):
 
 
 class SimilarityConfig(Settings):
-    """A feature of candidates: how near the vector of a candidate is to other vectors. See docs/similarity.md.
+    """A feature of candidates: how near the vector of a candidate is to other vectors. See docs/encoders.md.
 
-    Its name, or the names that docs/similarity.md tells, may stand in groups.<name>.features.
+    Its name, or the names that docs/encoders.md tells, may stand in groups.<name>.features.
     """
 
     of: VectorsName
