@@ -227,7 +227,7 @@ def test_a_server_gives_the_bits_of_the_trainer(made: Made, split: str) -> None:
     for name, body in requests:
         (sent,) = ScoreBody.model_validate({"requests": [body]}).requests
         request = JsonForm(sent, scorer.needs, None, "requests[0]").request({}, Limits())
-        (as_arrow,) = read_arrow(arrow_of(body), {}, scorer.needs, Limits())
+        (as_arrow,), _ = read_arrow(arrow_of(body), {}, scorer.needs, Limits())
         for each in (request, as_arrow):
             answer, _ = scorer.score([cut_history(each, scorer.needs)])
             assert np.array_equal(answer[0].probabilities, expected[name].numpy()), name
@@ -395,7 +395,8 @@ def test_rows_go_on_where_they_stand_for_the_same_digits(made: Made) -> None:
     manifest = made.manifest.model_copy(update={"context": {}})
     new = vocabularies(manifest, made.log / "vocab")["price_base_2"]
     before = SimpleNamespace(
-        name="old", manifest=SimpleNamespace(vocabularies={"price_base_2": "encoded: x"}, rows={})
+        name="old",
+        manifest=SimpleNamespace(vocabularies={"price_base_2": "encoded: x"}, rows={"price_base_2": 9}),
     )
     with pytest.raises(CheckpointError, match="price_base_2 was encoded otherwise: encoded: x, and here"):
         _row_map("price_base_2", new, before, set())  # type: ignore[arg-type]
