@@ -237,5 +237,9 @@ def _label(names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
     alike = takewhile(lambda signs: len(set(signs)) == 1, zip(*names, strict=False))
-    common = "".join(signs[0] for signs in alike).rstrip("-_./ ")
+    common = "".join(signs[0] for signs in alike)
+    if any(name[len(common) :][:1].isdigit() for name in names):
+        # Seeds 17 and 18 have a digit in common, which says nothing of the config.
+        common = common.rstrip("0123456789")
+    common = common.rstrip("-_./ ")
     return common.removesuffix("seed").rstrip("-_./ ") or names[0]

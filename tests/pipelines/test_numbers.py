@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,23 +14,32 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from embeddings.errors import CheckpointError, ConfigError, DataError
 from pipelines.export_version import ExportOptions, publish_version
 from pipelines.ingest.ingest import ingest, report_lines
+from pipelines.serve.users import user_body
 from tests.helpers.models import preset
 from tests.helpers.rawlogs import START, Row, config, ids_of_values, rows
 from tests.helpers.snapshots import save_run
 from trainer.assemble import id_bounds, resolve_groups
+from trainer.checkpoint.warm_start import _row_map, vocabularies
+from trainer.config.sections import SearchConfig
+from trainer.config.tasks import resolve_tasks
 from trainer.data.reader import SequenceLogReader
+from trainer.data.rows import Columns, read_rows
 from trainer.log.encoders.code import MISSING, number_of
-from trainer.log.schema import LogManifest
+from trainer.log.encoders.mnse import Mnse
+from trainer.log.schema import FeatureInfo, LogManifest
 from trainer.ranks.process_group import process_group
 from trainer.run_config import Config
 from trainer.serving.arrow_body import read_arrow
 from trainer.serving.checks import cut_history
+from trainer.serving.histories import HistoryStore
 from trainer.serving.json_body import JsonForm, ScoreBody
-from trainer.serving.request import Limits, Request
+from trainer.serving.request import Limits, Request, RequestError
 from trainer.serving.scorer import Scorer
 from trainer.snapshot import Snapshot, load_snapshot
+from trainer.step_size import lookups, step_size
 
 # Negative, zero, missing, beyond 2^53, at the end of the range, beyond it, beyond 64 bits.
 PRICES = ["-5", "0", None, "9007199254740993", "4611686018427387904", "4611686018427387905", "-" + "9" * 30]
@@ -276,3 +287,115 @@ def arrow_of(body: dict[str, Any]) -> bytes:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
+
+
+def test_a_request_as_the_page_shows_it_scores_like_the_logged_one(made: Made) -> None:
+    expected, scorer, stored = of_trainer(made, "train"), Scorer(made.snapshot), HistoryStore(made.log)
+    for user in (1, 4):
+        shown_ = user_body(stored, user, resolve_tasks(made.config.tasks, made.manifest.tasks), Limits())
+        assert {None, "9007199254740993"} & set(shown_.features["price"]) and "price" not in shown_.names
+        for line in shown_.requests:
+            body = {"user_id": user, **line.model_dump(exclude={"labels"})}
+            sent = ScoreBody.model_validate_json(json.dumps({"requests": [body]})).requests[0]
+            request = JsonForm(sent, scorer.needs, None, "requests[0]").request(stored, Limits())
+            answer, _ = scorer.score([cut_history(request, scorer.needs)])
+            name = next(each for each in expected if each[0] == user and times(made)[each] == line.time)
+            assert np.array_equal(answer[0].probabilities, expected[name].numpy())
+
+
+def times(made: Made) -> dict[tuple[int, int], int]:
+    return {
+        (row["user_id"], name): time
+        for row in rows(made.log)
+        for name, time in zip(row["request_id"], row["request_timestamp"], strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "values", "problem"),
+    [
+        ("candidates", "price", ["1", "12x"], r"requests\[0\].candidates.price\[1\]: '12x' is no number"),
+        ("candidates", "price", [[1], [2]], r"candidates.price\[0\]: the feature has one number each"),
+        ("candidates", "item_id", [1, 1.5], r"candidates.item_id\[1\]: must be a valid integer of 64 bits"),
+        ("candidates", "item_id", [2**70, 1], r"candidates.item_id\[0\]: must be a valid integer"),
+        ("candidates", "share", [0.5], r"candidates.share: 1 entries, expected 2"),
+    ],
+)
+def test_a_bad_number_is_told_with_its_place(
+    made: Made, part: str, name: str, values: list[Any], problem: str
+) -> None:
+    body = next(body for _, body in asked(made, "train") if len(body["candidates"]["item_id"]) > 1)
+    sides = {"price": [1, 2], "share": [0, None], "fee": [0, 0], "item_id": [1, 2]}
+    tree = {**body, part: {**sides, name: values}, "numeric": {"gap": [0, 0]}}
+    (sent,) = ScoreBody.model_validate({"requests": [tree]}).requests
+    scorer = Scorer(made.snapshot)
+    with pytest.raises(RequestError, match=problem):
+        JsonForm(sent, scorer.needs, None, "requests[0]").request({}, Limits())
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("data.domain=price", "it holds numbers, and a domain is an id"),
+        ("tables.price_base_2.rows=500", "tables.price_base_2: it is a number, whose encoder says its rows"),
+        ("ids.fifths.capacity=500", "ids.fifths: it is a number"),
+        ('groups.attention.kind="sequence"', "needs one id in every bag, but feature 'price_base_2'"),
+    ],
+)
+def test_what_a_number_cannot_be(made: Made, override: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        resolve_groups(preset("dare", made.log, *OVERRIDES, override), made.manifest)
+
+
+def test_a_hard_search_matches_no_numbers(made: Made) -> None:
+    data = made.config.data.model_copy(update={"search": SearchConfig(levels=("price",))})
+    with pytest.raises(ConfigError, match="which must be a feature with one id"):
+        SequenceLogReader(data, "train", None)
+
+
+def test_a_log_with_another_encoder_is_not_scored(made: Made) -> None:
+    features = {**made.manifest.features, **made.manifest.context}
+    made.snapshot.check_vocabularies(features, made.log)
+    other = features["price"].model_copy(update={"encoder": Mnse(kind="mnse", range=(0, 9))})
+    with pytest.raises(DataError, match="its numbers 'price' are encoded otherwise"):
+        made.snapshot.check_vocabularies({**features, "price": other}, made.log)
+
+
+def test_row_groups_hold_one_integer_a_number(made: Made) -> None:
+    file = made.log / made.manifest.splits["train"].files[0].path
+    found = read_rows(file, 0, Columns.of(made.manifest))
+    for name in ("price", "share", "fifths"):
+        bags = found.history[name]
+        assert bags.offsets is None and bags.values.dtype == np.int64
+    assert found.history["item_id"].values.dtype == np.int32
+
+
+def test_a_plan_knows_the_ids_of_a_bag(made: Made) -> None:
+    groups, data = resolve_groups(made.config, made.manifest), made.config.data
+    size = step_size(data, made.manifest)
+    asked_ = lookups(made.config, groups, made.manifest, size, "full")
+    one, digits = (asked_[f"attention__{name}"] for name in ("item_id", "price_base_2"))
+    assert one.bags == digits.bags == size.behaviors + size.candidates
+    # 63 places, and a sign.
+    assert digits.ids == 64 * one.ids
+
+
+def test_rows_go_on_where_they_stand_for_the_same_digits(made: Made) -> None:
+    """A wider range has more places, whose rows come after the old ones; other bases have other rows."""
+
+    def digests(**settings: Any) -> dict[str, str]:
+        encoder = Mnse(kind="mnse", **{"range": (0, 99), **settings})
+        known = {"price": FeatureInfo(rows=1, encoder=encoder)}
+        manifest = made.manifest.model_copy(update={"features": known, "context": {}})
+        return {name: entry.digest for name, entry in vocabularies(manifest, made.log / "vocab").items()}
+
+    assert digests() == digests(range=(-5, 10**9))
+    assert not set(digests().values()) & set(digests(step=0.5).values())
+    assert digests(combine="sum") != digests(combine="sum", range=(0, 1000))
+    manifest = made.manifest.model_copy(update={"context": {}})
+    new = vocabularies(manifest, made.log / "vocab")["price_base_2"]
+    before = SimpleNamespace(
+        name="old", manifest=SimpleNamespace(vocabularies={"price_base_2": "encoded: x"}, rows={})
+    )
+    with pytest.raises(CheckpointError, match="price_base_2 was encoded otherwise: encoded: x, and here"):
+        _row_map("price_base_2", new, before, set())  # type: ignore[arg-type]

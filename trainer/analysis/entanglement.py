@@ -118,8 +118,10 @@ def correlation(one_CD: Floats, other_CE: Floats) -> float:
     Columns that are constant are left out; NaN where none is left. Of C independent vectors it is about
     sqrt(2 / (pi C)).
     """
+    if not len(one_CD):
+        return float("nan")
     a, b = _standardised(one_CD), _standardised(other_CE)
-    if not (a.shape[1] and b.shape[1] and len(a)):
+    if not (a.shape[1] and b.shape[1]):
         return float("nan")
     return float(np.abs(a.T @ b / len(a)).mean())
 

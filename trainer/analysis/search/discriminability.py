@@ -12,13 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
-from trainer.analysis.readings import places_of, pooled_of, weighted_sum, weights_of
+from trainer.analysis.readings import pooled_of
 from trainer.analysis.search.information import Floats, Ints
 from trainer.data.batch import RequestBatch
 from trainer.model.frame import TwoStageModel
+from trainer.model.read.sequence import TargetPooling
 
 CLUSTERS = (2, 5, 10, 20, 50, 100, 200)
 # Candidates a cluster, at least: fewer say nothing of its labels.
@@ -40,23 +42,24 @@ class Discriminability:
     by_chance: Floats
 
 
+@torch.no_grad()
 def pooled_vectors(model: TwoStageModel, batch: RequestBatch) -> Floats:
-    """h of each candidate, sum_k w_k e_k over its kept behaviors: float32 [C, D], branches side by side.
+    """The pooled vector h of each candidate as the head is given it, float32 [C, D].
 
-    Several heads have the mean of their weights; branches without attention weights are left out, so that D
-    may be 0.
+    Those of branches and sets lie side by side. Sequence models that pool nothing into one vector are left
+    out, so that D may be 0.
 
     Args:
         batch: with the ids that the model knows.
     """
-    parts = [
-        weighted_sum(reading.behaviors.value_SD, places_of(reading), weights_of(reading))
-        for reading in pooled_of(model, batch).of_branch.values()
-        if reading.weight_CHK is not None
-    ]
-    if not parts:
-        return np.zeros((batch.candidates, 0), dtype=np.float32)
-    return np.concatenate(parts, axis=1)
+    parts = []
+    for reading in pooled_of(model, batch).of_branch.values():
+        of_sets = reading.parts()
+        for expert in reading.branch.experts:
+            if isinstance(expert.sequence, TargetPooling):
+                # [v_t ; h] or [v_t ; h ; v_t * h].
+                parts.append(of_sets[expert.set][1].float().cpu().numpy())
+    return np.concatenate(parts, axis=1) if parts else np.zeros((batch.candidates, 0), dtype=np.float32)
 
 
 def discriminability(

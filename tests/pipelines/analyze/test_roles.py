@@ -1,0 +1,116 @@
+"""The sections on roles: entanglement, gradients and search, of runs with different models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.analyze import entanglement, gradients, search
+from pipelines.analyze.options import AnalyzeOptions
+from pipelines.analyze.report.model import Figure, Section, Table
+from pipelines.analyze.runs import open_runs
+from tests.helpers.logs import FeatureInfo, Shape, random_rows, write_log
+from tests.helpers.snapshots import save_run
+from trainer.ranks.process_group import process_group
+
+OPTIONS = AnalyzeOptions(split="train", sample=0)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many candidates of few categories, two tasks and three domains."""
+    rows, rng = random_rows(4, Shape(users=70, requests=8, candidates=30)), np.random.default_rng(4)
+    for row in rows:
+        counts = row["request_num_candidates"]
+        row["candidate_domain_id"] = [rng.integers(0, 3, count).tolist() for count in counts]
+        row["label_buy"] = [rng.choice([0.0, 1.0], count).tolist() for count in counts]
+    domain = {"domain_id": FeatureInfo(rows=3, side="candidate")}
+    place = tmp_path_factory.mktemp("roles") / "log"
+    return write_log(place, {"train": rows}, more=domain, tasks=["click", "buy"])
+
+
+def by_name(section: Section) -> dict[str, Figure | Table]:
+    return {figure.name: figure for figure in section.figures}
+
+
+def entry(attention: float, cosine: float) -> dict[str, Any]:
+    return {
+        "norm": {"groups.shared": {"attention": attention, "representation": 1.0}},
+        "cosine": {"groups.shared": cosine},
+        "conflict": {"groups.shared": {"rows": 0.75, "steps": 1.0}},
+        "steps": 2,
+    }
+
+
+def test_runs_of_several_models_side_by_side(log: Path, tmp_path: Path) -> None:
+    paths = [
+        save_run(tmp_path / f"twin-{seed}", log, "twin_paper_dare", f"train.seed={seed}") for seed in (17, 18)
+    ]
+    for path, norm in zip(paths, (0.1, 0.3), strict=True):
+        lines = [{"step": step, "split": "train", "gradients": entry(norm, -0.1)} for step in (2, 4)]
+        lines[0]["dominance"] = {"mean": {"groups.shared": {"click": 0.9, "buy": 0.1}}, "dominated": {}}
+        (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    paths.append(save_run(tmp_path / "stem", log, "stem", "tasks.conversion.label=buy"))
+    paths.append(save_run(tmp_path / "heads", log, "twin"))
+    with process_group(device="cpu", alone=True) as ranks:
+        runs = open_runs(paths, ranks)
+        assert [run.label for run in runs] == ["twin", "twin", "stem", "heads"]
+        _gradients(gradients.analyse(runs[:3], OPTIONS))
+        _entanglement(entanglement.analyse(runs[1:3], OPTIONS))
+        _search(search.analyse((runs[0], runs[3]), OPTIONS))
+
+
+def _gradients(section: Section) -> None:
+    figures = by_name(section)
+    row = figures["gradients-by-table"].rows[0]  # type: ignore[union-attr]
+    assert row[:2] == ("twin", "groups.shared")
+    assert row[2:] == pytest.approx((0.2, 1.0, 5.0, -0.1, 0.75, 1.0))
+    (line, other) = figures["gradients-norms"].charts[0].lines  # type: ignore[union-attr]
+    assert line.y == pytest.approx((0.2, 0.2)) and line.low == pytest.approx((0.1, 0.1))
+    assert other.x == (2.0, 4.0)
+    assert any("5.0 times as hard" in finding.text for finding in section.findings)
+    assert any("stem: gradients were not watched" in text for text in section.skipped)
+    assert {"gradients-dominance", "gradients-conflict", "gradients-probe-1", "gradients-probe-2"} <= set(
+        figures
+    )
+    matrix = np.array(figures["gradients-cosines-1"].charts[0].values)  # type: ignore[union-attr]
+    np.testing.assert_allclose(matrix, matrix.T)
+    assert (np.diag(matrix) == 1).all()
+
+
+def _entanglement(section: Section) -> None:
+    figures = by_name(section)
+    bars = figures["entanglement-distances-2"].charts[0]  # type: ignore[union-attr]
+    assert bars.groups[1:3] == ("click alone", "conversion alone")  # type: ignore[union-attr]
+    assert {"attention", "representation / shared"} < set(bars.bars)  # type: ignore[union-attr]
+    assert "entanglement-gates-2" in figures and "entanglement-correlations-1" not in figures
+    assert any("one space only" in text for text in section.skipped)
+    assert any("are nearer than those of" in finding.text for finding in section.findings)
+
+
+def _search(section: Section) -> None:
+    figures = by_name(section)
+    rows = {row[0]: row for row in figures["search-quality"].rows}  # type: ignore[union-attr]
+    assert {"twin", "heads", "newest first", "random"} < set(rows)
+    assert rows["heads"][3] is None or np.isnan(rows["heads"][3])
+    assert 0 < rows["heads"][-1] < 1 and 0 < rows["twin"][3] < 1
+    assert any("several branches" in text for text in section.skipped)
+    assert {"search-by-category", "search-by-recency", "search-relevance", "search-discriminability"} < set(
+        figures
+    )
+
+
+def test_a_log_without_a_category_is_said(tmp_path: Path) -> None:
+    rows = random_rows(1, Shape(users=4))
+    log = write_log(tmp_path / "log", {"train": rows, "test": rows})
+    run = save_run(tmp_path / "run", log, "dare")
+    with process_group(device="cpu", alone=True) as ranks:
+        runs = open_runs([run], ranks)
+        section = search.analyse(runs, AnalyzeOptions(sample=0))
+    # A handful of candidates: no category has been seen often enough.
+    assert any("take a larger --sample" in text for text in section.skipped)
+    assert section.figures
