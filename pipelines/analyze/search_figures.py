@@ -38,13 +38,15 @@ class Measured:
 
     Attributes:
         truth: the information; categories: those that are drawn.
-        runs: label -> its runs; clusters: label -> how well their vectors tell labels apart.
+        runs: label -> its runs; seeds: label -> theirs, in the same order.
+        clusters: label -> how well their vectors tell labels apart.
         beside: the references, by name.
     """
 
     truth: Truth
     categories: Ints
     runs: dict[str, list[SearchMeasures]]
+    seeds: dict[str, list[int]]
     clusters: dict[str, list[Discriminability]]
     beside: dict[str, Tally]
 
@@ -81,13 +83,16 @@ def _of(runs: Sequence[SearchMeasures], measure: Callable[[Tally], float]) -> fl
 def _quality(found: Measured, end: str) -> Table:
     rows: list[tuple[str | float | int | None, ...]] = []
     for label, runs in found.runs.items():
-        share = _mean([run.kept[TRUTH].share for run in runs if TRUTH in run.kept])
-        ranked = found.ranked.get(label, [])
-        rows.append((label, len(runs), runs[0].k, *_three(ranked, runs[0].k), _cells(found, ranked), share))
+        if len(runs) > 1:
+            rows += [
+                (label, str(seed), *_measures(found, [run]))
+                for seed, run in zip(found.seeds[label], runs, strict=True)
+            ]
+        rows.append((label, "mean" if len(runs) > 1 else str(found.seeds[label][0]), *_measures(found, runs)))
     k = next((run.k for runs in found.ranked.values() for run in runs), 0)
     for name, tally in found.beside.items():
         three = tally.mean("ndcg"), tally.mean("hits") / k, tally.mean("correlation")
-        rows.append((name, 0, k, *three, math.nan, math.nan))
+        rows.append((name, "", k, *three, math.nan, math.nan))
     return Table(
         f"search-quality{end}",
         "How well the informative behaviors are kept",
@@ -100,7 +105,7 @@ def _quality(found: Measured, end: str) -> Table:
         "Rows without seeds are searches that learn nothing.",
         (
             "search",
-            "seeds",
+            "seed",
             "K",
             "NDCG@K",
             "recall@K",
@@ -110,6 +115,13 @@ def _quality(found: Measured, end: str) -> Table:
         ),
         tuple(rows),
     )
+
+
+def _measures(found: Measured, runs: Sequence[SearchMeasures]) -> tuple[float, ...]:
+    """The columns of some runs: means."""
+    share = _mean([run.kept[TRUTH].share for run in runs if TRUTH in run.kept])
+    ranked = [run for run in runs if not run.obstacle and run.candidates]
+    return runs[0].k, *_three(ranked, runs[0].k), _cells(found, ranked), share
 
 
 def _three(runs: Sequence[SearchMeasures], k: int) -> tuple[float, float, float]:
