@@ -115,6 +115,7 @@ train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, expor
 	@echo "done. metrics: $(OUT)/run/summary.json   curve: $(OUT)/run/metrics.jsonl"
 	@echo "      snapshot: $(OUT)/snapshot          scores: $(OUT)/scores.parquet"
 	@echo "next: $(VENV)/bin/tensorboard --logdir $(OUT)/run"
+	@echo "      $(VENV)/bin/tandemrec analyze $(OUT)/run --out $(OUT)/report    # what the tables learned, as a page"
 	@echo "      $(VENV)/bin/tandemrec plan --config configs/dare.toml --set data.log=$(LOG) --world-size 8 --hbm 80GB"
 
 serve: install ## after `make train`: score over HTTP, with a page at http://127.0.0.1:8000

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
+from benchmarks.harness.timing import one_thread
 from benchmarks.inputs.fatigue import ITEMS, TEST, VALIDATION, Fatigue, fatigue
 from benchmarks.models import mean
 from pipelines.evaluate import evaluate
@@ -47,6 +48,7 @@ TRAINING = (
 COLUMNS = ("AUC", "logloss", "PCOC", "weighted PCOC", "all: AUC", "all: logloss")
 
 
+@one_thread()
 def main(words: Sequence[str]) -> None:
     options = Options("exposure", __doc__).measuring(repeats=3)
     options.add_argument("--users", type=int, default=3_000, help="in the raw tables")

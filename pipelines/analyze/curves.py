@@ -36,7 +36,7 @@ def analyse(runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> Section:
     if figures:
         figures.append(_last(labels))
     problems = tuple(text for name, each in curves.items() for text in _problems(name, each))
-    findings = tuple(finding for label, own in labels.items() for finding in _fallen(label, own))
+    findings = tuple(_fallen(labels))
     return Section("curves", "Learning curves", _INTRODUCTION, tuple(figures), findings, problems)
 
 
@@ -137,21 +137,23 @@ def _best(metric: str, found: SeedCurve) -> int:
     return int(np.argmin(worse))
 
 
-def _fallen(label: str, own: Sequence[RunCurves]) -> Iterator[Finding]:
+def _fallen(labels: Mapping[str, Sequence[RunCurves]]) -> Iterator[Finding]:
     """Validations whose last AUC is well below the best."""
-    for curve in dict.fromkeys(curve for run in own for curve in run.points):
-        if (curve.split, curve.metric) != ("validation", "auc"):
-            continue
-        found = over_seeds([run.points[curve] for run in own if curve in run.points])
-        best = _best("auc", found)
-        if found.mean[best] - found.mean[-1] > _FALLEN:
-            best_step, last_step = int(found.steps[best]), int(found.steps[-1])
-            text = (
-                f"the validation AUC of {label} ({curve.task}) was best after step {best_step:,}, "
-                f"{found.mean[best]:.4f}, and fell to {found.mean[-1]:.4f} by step {last_step:,}: "
-                "early stopping (train.early_stopping) keeps the best"
-            )
-            yield Finding("notice", text)
+    for number, task in enumerate(_tasks(labels, "validation"), start=1):
+        curve = Curve("validation", "auc", task)
+        for label, own in labels.items():
+            found = over_seeds([run.points[curve] for run in own if curve in run.points])
+            if not found.mean.size:
+                continue
+            best = _best("auc", found)
+            if found.mean[best] - found.mean[-1] > _FALLEN:
+                best_step, last_step = int(found.steps[best]), int(found.steps[-1])
+                text = (
+                    f"the validation AUC of {label} ({task}) was best after step {best_step:,}, "
+                    f"{found.mean[best]:.4f}, and fell to {found.mean[-1]:.4f} by step {last_step:,}: "
+                    "early stopping (train.early_stopping) keeps the best"
+                )
+                yield Finding("notice", text, f"curves_validation_{number}")
 
 
 def _problems(name: str, curves: RunCurves) -> Iterator[str]:
@@ -160,9 +162,10 @@ def _problems(name: str, curves: RunCurves) -> Iterator[str]:
         lines = "1 line is" if curves.cut_short == 1 else f"{curves.cut_short:,} lines are"
         yield f"metrics.jsonl of {name}: {lines} cut short or no report, and left out"
     if curves.repeated:
+        points = "1 point is" if curves.repeated == 1 else f"{curves.repeated:,} points are"
         yield (
-            f"metrics.jsonl of {name}: {curves.repeated:,} points were reported twice for one step, as by a "
-            "run that went on from an older checkpoint; the later ones are drawn"
+            f"metrics.jsonl of {name}: {points} reported twice for one step, as by a run that went on from "
+            "an older checkpoint; the later ones are drawn"
         )
     if curves.steps("train") < 0:
         yield f"{name} has no report of its training; one is written every train.log_every steps"

@@ -50,13 +50,14 @@ def codes(value: ir.Value, family: str, encoder: Encoder) -> ir.IntegerValue:
         return ibis.literal(MISSING, type="int64")
     if family in _SPELLED:
         found = _of_text(value.strip(), encoder)
-    elif family == "bool" or (family == "int" and exact):
+    elif family in ("int", "bool") and exact:
         found = _of_integers(value.cast("int64"), encoder)
     elif exact and (family == "uint64" or (family == "decimal" and not value.type().scale)):
         whole = value.try_cast("int64")
         found = _beyond(whole.isnull(), value > 0, value < 0, _of_integers(whole, encoder))
     else:
-        found = _of_reals(value.cast("float64"), encoder)
+        number = value.cast("int64") if family == "bool" else value
+        found = _of_reals(number.cast("float64"), encoder)
     return found.fill_null(MISSING).cast("int64")
 
 
@@ -189,10 +190,8 @@ def number_lines(report: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for column, found in report.items():
         name, rows = column.replace("context_", "context "), found["rows"]
         span = "no value" if found["least"] is None else f"{found['least']:,} to {found['greatest']:,}"
-        lines.append(
-            f"{name}: numbers, {span}; {found['missing']:,} of {rows:,} missing, {found['overflow']:,} beyond "
-            "the range"
-        )
+        lost = f"{found['missing']:,} of {rows:,} missing, {found['overflow']:,} beyond the range"
+        lines.append(f"{name}: numbers, {span}; {lost}")
         if found["missing"] == rows:
             lines.append(f"WARNING: {name} has no value in any row")
         elif found["overflow"] * 100 > rows:

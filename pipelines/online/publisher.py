@@ -34,8 +34,9 @@ from trainer.loop.online import Version
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import locked, write_text
-from trainer.snapshot.manifest import LATEST, read_manifest
+from trainer.snapshot.manifest import LATEST
 from trainer.snapshot.publishing import open_base, version_of
+from trainer.snapshot.reading import read_manifest
 
 _FAILURES = 3
 # How long a process whose pipe is closed may take to end.

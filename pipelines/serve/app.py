@@ -195,6 +195,7 @@ def _health(service: Service) -> HealthBody:
         features={name: scorer.needs.rows.get(name, 0) for name in scorer.needs.candidates.known},
         context=list(scorer.needs.context.known),
         numeric=list(scorer.needs.numeric.known),
+        numbers={name: encoder.model_dump() for name, encoder in scorer.needs.encoders.items()},
         history_length=scorer.data.history_length,
         histories=len(histories or ()),
         raw=sorted(scorer.vocabularies),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel
 
 
@@ -77,6 +79,7 @@ class HealthBody(BaseModel):
     """State, and what a client must know of the snapshot.
 
     Attributes:
+        numbers: features that are numbers, which are sent as such, and the settings of their encoders.
         raw: features whose raw values may be sent instead of ids.
         living: features whose ids come and go, and may be any 64-bit integers; hashed: those of them that may
             be sent as text in a body of raw values.
@@ -92,6 +95,7 @@ class HealthBody(BaseModel):
     features: dict[str, int]
     context: list[str]
     numeric: list[str]
+    numbers: dict[str, dict[str, Any]]
     history_length: int
     histories: int
     raw: list[str]

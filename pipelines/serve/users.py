@@ -15,7 +15,9 @@ from trainer.config.tasks import Task
 from trainer.data.labels import TaskLabels
 from trainer.data.row_group import Floats
 from trainer.log.bags import Bags, Ints
+from trainer.log.schema import FeatureInfo
 from trainer.serving.histories import HistoryStore, as_user, known_user
+from trainer.serving.numbers import values_of_codes
 from trainer.serving.request import Limits
 
 _MOST_USERS, _MOST_REQUESTS = 500, 12
@@ -23,7 +25,8 @@ _MOST_USERS, _MOST_REQUESTS = 500, 12
 _WHOLE = re.compile(r"\s*-?[0-9]{1,18}\s*")
 
 
-Ids = list[int] | list[str] | list[list[int]] | list[list[str]]
+Numbers = list[int | float | str | None]
+Ids = list[int] | list[str] | list[list[int]] | list[list[str]] | Numbers
 
 
 class UserLine(BaseModel):
@@ -49,7 +52,7 @@ class RequestLine(BaseModel):
 
     time: int
     candidates: dict[str, Ids]
-    context: dict[str, list[int] | list[str]]
+    context: dict[str, list[int] | list[str] | Numbers]
     numeric: dict[str, list[float]]
     labels: dict[str, list[float | None]]
 
@@ -68,7 +71,7 @@ class UserBody(BaseModel):
     name: str
     skipped: int
     timestamp: list[int]
-    features: dict[str, list[int] | list[str]]
+    features: dict[str, list[int] | list[str] | Numbers]
     requests: list[RequestLine]
     names: dict[str, dict[int, str]]
     taxonomy: list[str]
@@ -109,14 +112,23 @@ def user_body(
     rows, logged = histories.requests(user)
     logged = logged[-_MOST_REQUESTS:]
     wanted = TaskLabels.of(manifest, tasks)
-    requests = []
+    requests, infos, contexts = [], manifest.features, manifest.context
+
+    def values(known: Mapping[str, FeatureInfo], name: str, bags: Bags) -> Ids:
+        """What a client would send of a feature: its ids, or its numbers."""
+        encoder = known[name].encoder
+        if encoder is None:
+            return _lists(bags, name in living)
+        return cast("Ids", values_of_codes(bags.values.astype(np.int64), encoder))
+
     for r in logged:
         part = slice(*rows.candidate_offsets[r : r + 2].tolist())
         request = RequestLine(
             time=int(rows.request_time[r]),
-            candidates={n: _lists(bags.part(part), n in living) for n, bags in rows.candidates.items()},
+            candidates={n: values(infos, n, bags.part(part)) for n, bags in rows.candidates.items()},
             context={
-                n: _listed(bags.part(slice(r, r + 1)).values, n in living) for n, bags in rows.context.items()
+                n: cast("Any", values(contexts, n, Bags(bags.part(slice(r, r + 1)).values)))
+                for n, bags in rows.context.items()
             },
             numeric={name: rows.numeric[part, x].tolist() for x, name in enumerate(manifest.numeric)},
             labels=_labels(wanted, dict(zip(manifest.tasks, rows.labels[part].T, strict=True))),
@@ -127,6 +139,8 @@ def user_body(
     candidates = {name: _first_ids(bags.part(shown)) for name, bags in rows.candidates.items()}
     names = {}
     for name, ids in features.items():
+        if infos[name].encoder is not None:
+            continue
         of_candidates = [candidates[name]] if name in candidates else []
         names[name] = histories.names(name, np.unique(np.concatenate([ids, *of_candidates])).tolist())
     return UserBody(
@@ -134,7 +148,7 @@ def user_body(
         name=histories.name(user),
         skipped=max(history.time.size - limits.history, 0),
         timestamp=history.time[-limits.history :].tolist(),
-        features={name: _listed(ids, name in living) for name, ids in features.items()},
+        features={name: cast("Any", values(infos, name, Bags(ids))) for name, ids in features.items()},
         requests=requests,
         names=names,
         taxonomy=manifest.taxonomy,

@@ -6,7 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from pipelines.synth import collapse, factors, fields, flip, orders, relevance, similar, temporal
+from pipelines.synth import (
+    collapse,
+    digits,
+    factors,
+    fields,
+    flip,
+    orders,
+    relevance,
+    similar,
+    temporal,
+    uncertain,
+)
 from pipelines.synth.log import PlantedLog, Worth
 
 
@@ -45,6 +56,9 @@ KINDS: Final = {
     "sparse_5": Kind(factors.sparse_5, factors.affinity, 10_000, factors.BEHAVIORS),
     "sparse_1": Kind(factors.sparse_1, factors.affinity, 10_000, factors.BEHAVIORS),
     "collapse": Kind(collapse.collapse, collapse.worth, 10_000, collapse.BEHAVIORS),
+    "uncertain": Kind(uncertain.uncertain, uncertain.worth, 3_000, uncertain.BEHAVIORS),
+    "digits": Kind(digits.digits, digits.worth, 10_000, digits.BEHAVIORS),
+    "digits_number": Kind(digits.digits_number, digits.worth, 10_000, digits.BEHAVIORS),
     "flip": Kind(flip.flip, flip.worth, 24_000, flip.BEHAVIORS),
     "similar": Kind(similar.similar, similar.worth, 10_000, similar.BEHAVIORS),
 }

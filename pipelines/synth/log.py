@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from trainer.log.encoders.table import AnyEncoder
 from trainer.log.schema import Side
 from trainer.quality.metrics import Metrics, group_keys, measure
 
@@ -38,6 +39,7 @@ class PlantedSplit:
         probabilities: task -> float64 [U, R, M], P(label = 1 | it is observed).
         labels: task -> float32 [U, R, M], one draw from it; NaN where it was not observed.
         segment: [U], which kind of user each one is, where the law of the labels tells kinds apart.
+        numbers: name -> float [U, R, M], numbers that candidates have.
     """
 
     user_id: Ints
@@ -50,6 +52,7 @@ class PlantedSplit:
     probabilities: Mapping[str, Floats]
     labels: Mapping[str, Labels]
     segment: Ints | None = None
+    numbers: Mapping[str, Floats | Labels] = field(default_factory=dict)
 
     @property
     def probability(self) -> Floats:
@@ -67,6 +70,7 @@ class PlantedSplit:
         columns["request_history_end"] = nested(self.history_end)
         columns["request_num_candidates"] = nested(np.full((users, requests), shown))
         columns |= {f"candidate_{name}": nested(ids) for name, ids in self.candidates.items()}
+        columns |= {f"numeric_{name}": nested(numbers) for name, numbers in self.numbers.items()}
         columns |= {f"label_{task}": nested(labels) for task, labels in self.labels.items()}
         sizes = {
             "behaviors": self.history_time.shape[1],
@@ -149,6 +153,7 @@ class PlantedLog:
         taxonomy: the features that classify items, coarse to fine.
         splits: `train`, `validation`, `test`.
         raw: the features whose ids are any 64-bit integers; these have 1 row.
+        encoders: the features that are numbers, of which splits have codes; these have 1 row.
         facts: what else the manifest tells of the log.
         vectors: [items + 1, dim], pre-trained vectors of the items by their ids; None: there are none.
     """
@@ -157,6 +162,7 @@ class PlantedLog:
     taxonomy: tuple[str, ...]
     splits: Mapping[str, PlantedSplit]
     raw: Set[str] = frozenset()
+    encoders: Mapping[str, AnyEncoder] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     vectors: Floats | None = None
 

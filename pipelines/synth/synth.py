@@ -54,11 +54,12 @@ def synth(
     facts = {"kind": kind, "seed": seed, "users": count, "history_length": planted.history_length}
     facts |= log.facts
     features = {
-        name: FeatureInfo(rows=rows, raw=name in log.raw, side=log.side(name))
+        name: FeatureInfo(rows=rows, raw=name in log.raw, side=log.side(name), encoder=log.encoders.get(name))
         for name, rows in log.features.items()
     }
     manifest = LogManifest(
         features=features,
+        numeric=list(log.splits["train"].numbers),
         tasks=log.tasks,
         partial=log.partial,
         taxonomy=list(log.taxonomy),
@@ -79,7 +80,7 @@ def synth(
             _write_parquet(pa.table({"item_id": ids, "vector": vectors}), root / VECTORS)
         (root / VOCABULARIES).mkdir()
         for name, rows in log.features.items():
-            if name in log.raw:
+            if name in log.raw or name in log.encoders:
                 continue
             # Ids stand for themselves; `count` is how often each occurs in the histories of the train split,
             # or among its candidates where behaviors do not have the feature.
@@ -98,6 +99,12 @@ def _write_parquet(table: pa.Table, path: Path) -> None:
     pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
+def _rows_of(info: FeatureInfo) -> str:
+    if info.encoder is not None:
+        return info.encoder.kind
+    return "raw" if info.raw else f"{info.rows:,}"
+
+
 def _report(kind: str, out: Path, manifest: LogManifest) -> list[str]:
     head = ["oracle on", "requests", "candidates", "task", "rate", "AUC", "GAUC", "logloss"]
     rows = []
@@ -109,9 +116,7 @@ def _report(kind: str, out: Path, manifest: LogManifest) -> list[str]:
             candidates = f"{oracle['samples']:,}"  # that the task was observed of
             rows.append([split, f"{info.requests:,}", candidates, task, f"{oracle['rate']:.4f}", *shown])
     facts = manifest.ingest["synth"]
-    ids = ", ".join(
-        f"{name} {'raw' if info.raw else f'{info.rows:,}'}" for name, info in manifest.features.items()
-    )
+    ids = ", ".join(f"{name} {_rows_of(info)}" for name, info in manifest.features.items())
     return [
         *table_lines(head, rows),
         f"planted log {kind!r}, seed {facts['seed']}, {facts['users']:,} users to train on; rows: {ids}",

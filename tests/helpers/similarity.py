@@ -30,7 +30,7 @@ def drawn_vectors(seed: int, ids: Iterable[int], dim: int = 6) -> dict[int, npt.
     return {each: rng.normal(size=dim) * (each % 7 > 0) for each in ids}
 
 
-def write_vectors(path: Path, vectors: Vectors, key: str = "item_id", **columns: Any) -> Path:
+def write_parquet(path: Path, vectors: Vectors, key: str = "item_id", **columns: Any) -> Path:
     """A file of vectors; `columns`: in the place of those."""
     kind = pa.list_(pa.float32())
     table = {

@@ -21,8 +21,8 @@ from trainer.ranks.process_group import process_group
 from trainer.run_config import Config
 from trainer.run_folder import RunFolder
 from trainer.sealed_folder import DIGEST, MANIFEST
-from trainer.snapshot.manifest import read_manifest as read_version
 from trainer.snapshot.publishing import drafting, publish
+from trainer.snapshot.reading import read_manifest as read_version
 
 Change = Callable[[dict[str, Tensor]], None]
 

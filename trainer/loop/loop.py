@@ -51,7 +51,6 @@ class Trainer:
         supply: what phases need; None for a run without phases.
 
     Attributes:
-        vectors: digests of pre-trained vectors, by name.
         stopped: training ended because it was asked to, before its end.
     """
 
@@ -70,7 +69,6 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.ranks, self.folder, self.say = config, model, ranks, folder, say
         self.log_fingerprint, self.plan = log_fingerprint, plan
-        self.vectors = {name: each.digest for name, each in train.vectors.items()}
         self.optimizer = run_optimizer(model, config)
         guard = Guard(ranks, folder.path)
         self.step = TrainStep(config, model, self.optimizer, ranks.world_size, guard)
@@ -364,6 +362,7 @@ class Trainer:
         self.course.pipeline.settle()
         self._report()
         self.validation.due = False
+        vectors = {name: each.digest for name, each in self.course.reader.vectors.items()}
         state = {
             **asdict(self.at),
             "phase_name": self.course.phase.name,
@@ -375,7 +374,7 @@ class Trainer:
             **self.validation.state(self.at.best),
             "config": self.config.model_dump(mode="json"),
             **self.course.averaging.state(),
-            **({"vectors": self.vectors} if self.vectors else {}),
+            **({"vectors": vectors} if vectors else {}),
             **self._more_state(),
         }
         besides: list[checkpoint.Beside] = [] if self.living is None else [self.living.files().write]

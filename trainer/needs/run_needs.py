@@ -21,6 +21,7 @@ from embeddings.plan.memory import DENSE_COPIES, RankMemory, gigabytes
 from embeddings.plan.request import Cluster
 from embeddings.plan.tables import Table
 from embeddings.plan.traffic import Lookup
+from trainer.data.similarity.loading import bytes_held
 from trainer.run_config import Config
 from trainer.step_size import StepSize, kept_behaviors
 
@@ -168,6 +169,8 @@ def memory_needs(
     # Twice, for the copies that a save is written from.
     maps = 2 * sum(rules.map_bytes for rules in run.config.id_rules.values())
     own["maps of ids"] = local * maps // cluster.world_size
+    if vectors := bytes_held(run.config.data):
+        own["pre-trained vectors"] = local * vectors
     if not gpus:
         own |= {"dense": local * dense, "step": local * step, "touched rows": local * bits}
         own["buffers"] = sum(each.buffers for each in nodes[worst])
@@ -194,6 +197,7 @@ def _less_on_host(own: Mapping[str, int]) -> str:
         "step": "make data.batch_candidates or data.batch_behaviors smaller",
         "dense": "give nodes more memory, or make the model's layers narrower",
         "maps of ids": "take more nodes, or make ids.<feature>.capacity smaller",
+        "pre-trained vectors": "give nodes fewer ranks, or write vectors of fewer numbers",
     }
     tables = "take more nodes, groups.<name>.dtype fp16, or make groups.<name>.dim smaller"
     return changes.get(max(own, key=lambda part: own[part]), tables)

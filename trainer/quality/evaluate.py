@@ -203,11 +203,11 @@ def score_requests(score: Callable[[RequestBatch], Tensor], reader: SequenceLogR
 def score_in_order(
     score: Callable[[RequestBatch], Tensor], reader: SequenceLogReader, limit: int
 ) -> Iterator[Scored]:
-    """The same, a batch at a time; each request is in one of them."""
+    """The same, a batch at a time; each request is in one of them. Sample weights are left out."""
     seen, last = 0, None
     with closing(reader.steps()) as steps:
         for step in steps:
-            scored = _scored(*_rows(step.batch, score(step.batch), _weighted(reader)), reader.columns.tasks)
+            scored = _scored(*_rows(step.batch, score(step.batch), weighted=False), reader.columns.tasks)
             keys = np.stack([scored.user_id, scored.request_id], axis=1)
             new = np.r_[last is None or (keys[0] != last).any(), (np.diff(keys, axis=0) != 0).any(axis=1)]
             number, last = seen + np.cumsum(new), keys[-1]

@@ -192,8 +192,10 @@ def columns_of(scored: Scored) -> dict[str, npt.NDArray[Any]]:
     for place, task in enumerate(scored.tasks):
         columns[f"score_{task}"] = scored.score[:, place]
         columns[f"label_{task}"] = scored.label[:, place]
-        if scored.weight is not None:
-            columns[f"weight_{task}"] = scored.weight[:, place]
+    # Behind all else, where the files of earlier versions end.
+    for place, task in enumerate(scored.tasks if scored.weight is not None else ()):
+        assert scored.weight is not None
+        columns[f"weight_{task}"] = scored.weight[:, place]
     return columns
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.log.arrow import is_text
 from trainer.log.bags import Ints
-from trainer.log.encoders.code import MISSING, code_of, codes_of_integers, codes_of_reals, in_range
+from trainer.log.encoders.code import (
+    MISSING,
+    code_of,
+    codes_of_integers,
+    codes_of_reals,
+    in_range,
+    number_of,
+)
 from trainer.log.encoders.encoder import Encoder
 from trainer.serving.request import RequestError
 from trainer.serving.vocabulary import check_text
@@ -22,6 +32,8 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _LONGEST = 400
 # A float64 holds every integer up to here.
 _EXACT = 2**53
+# Outside of every range.
+_BEYOND = 1e308
 
 
 def codes_of_values(values: Sequence[float | str | None], encoder: Encoder, place: str) -> Ints:
@@ -38,12 +50,10 @@ def codes_of_values(values: Sequence[float | str | None], encoder: Encoder, plac
     except (ValueError, OverflowError):
         given = np.empty(0, dtype=object)
     if given.dtype == np.int64:
-        codes = (
-            code_of(given) if encoder.step == 1 else codes_of_reals(given.astype(np.float64), encoder.step)
-        )
+        codes = _of_integers(given, encoder)
     elif given.dtype == np.float64 and np.abs(given).max() < _EXACT:
         # Integers among them are exact, too.
-        codes = codes_of_reals(given, encoder.step)
+        codes = codes_of_reals(given.astype(np.float64, copy=False), encoder.step)
     else:
         codes = np.array([_code(value, encoder, f"{place}[{at}]") for at, value in enumerate(values)])
     return in_range(codes, *encoder.limits)
@@ -83,6 +93,25 @@ def codes_of_array(values: pa.Array, encoder: Encoder, place: str) -> Ints:
         raise RequestError(422, f"{place}: holds {kind}, expected numbers")
     codes[missing] = MISSING
     return in_range(codes, *encoder.limits)
+
+
+def values_of_codes(codes: Ints, encoder: Encoder) -> list[int | float | str | None]:
+    """Numbers that a client may send for these codes: as text where a browser's numbers are not exact."""
+
+    def value(whole: int, missing: bool, overflow: bool) -> int | float | str | None:
+        if missing or overflow:
+            return None if missing else math.copysign(_BEYOND, whole)
+        if encoder.step != 1:
+            return whole * float(encoder.step)
+        return whole if abs(whole) < _EXACT else str(whole)
+
+    return [value(*each) for each in zip(*(part.tolist() for part in number_of(codes)), strict=True)]
+
+
+def _of_integers(whole: npt.NDArray[Any], encoder: Encoder) -> Ints:
+    if encoder.step == 1:
+        return code_of(whole.astype(np.int64))
+    return codes_of_reals(whole.astype(np.float64), encoder.step)
 
 
 def _code(value: float | str | None, encoder: Encoder, place: str) -> int:

@@ -10,8 +10,9 @@ from embeddings.lookup.stored import StoredTable
 from trainer.data.similarity.vectors import Vectors
 from trainer.sealed_folder import MANIFEST, file_digest
 from trainer.snapshot.id_maps import LayeredIds, read_ids
-from trainer.snapshot.manifest import ListedFile, SnapshotIds, SnapshotManifest, StoredRows, read_manifest
+from trainer.snapshot.manifest import ListedFile, SnapshotIds, SnapshotManifest, StoredRows
 from trainer.snapshot.matrix_file import LayeredReader
+from trainer.snapshot.reading import read_manifest
 from trainer.snapshot.rows import read_rows
 from trainer.snapshot.vector_entries import vectors_path
 from trainer.snapshot.vectors import read_vectors

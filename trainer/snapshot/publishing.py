@@ -38,8 +38,8 @@ from trainer.snapshot.manifest import (
     VERSION_NAME,
     SnapshotFile,
     SnapshotManifest,
-    read_manifest,
 )
+from trainer.snapshot.reading import read_manifest
 from trainer.storage import is_remote, place
 from trainer.storage.objects import create, listed, unfinished
 from trainer.storage.objects import publish as upload_folder

@@ -68,13 +68,11 @@ class Posterior:
     root: Tensor
 
     def spread(self, phi_CD: Tensor) -> Tensor:
-        """phi^T root, [C, D]: a logit is its mean and this times D independent normal numbers."""
-        return phi_CD @ self.root
+        """phi^T root, [C, D]: a logit is its mean and this times D independent normal numbers.
 
-    def deviation(self, phi_CD: Tensor) -> Tensor:
-        """The standard deviation of each logit, [C]."""
-        deviation: Tensor = self.spread(phi_CD).norm(dim=1)
-        return deviation
+        Its norm is the standard deviation of the logit.
+        """
+        return phi_CD @ self.root
 
 
 def probability(mean: Tensor, deviation: Tensor) -> Tensor:
@@ -87,26 +85,23 @@ class Judgement:
     """What a snapshot with posteriors says of C candidates and T tasks.
 
     Attributes:
-        mean, deviation: [C, T], of the logit; probability: [C, T], with the deviation in it.
-        phi: of each task, [C, D].
-        posteriors: of each task.
+        mean, deviation: [C, T], of the logit.
+        spread: of each task, [C, D], see `Posterior.spread`.
     """
 
     mean: Tensor
     deviation: Tensor
-    phi: Sequence[Tensor]
-    posteriors: Sequence[Posterior]
+    spread: Sequence[Tensor]
 
     @staticmethod
     def of(logits_CT: Tensor, phi: Sequence[Tensor], posteriors: Mapping[str, Posterior]) -> Judgement:
-        """`posteriors`: of the tasks, in their order."""
-        each = list(posteriors.values())
-        pairs = zip(each, phi, strict=True)
-        deviation = torch.stack([own.deviation(phi_CD) for own, phi_CD in pairs], dim=1)
-        return Judgement(logits_CT, deviation, phi, each)
+        """`phi`: of each task, [C, D]; `posteriors`: of the tasks, in their order."""
+        spread = [own.spread(phi_CD) for own, phi_CD in zip(posteriors.values(), phi, strict=True)]
+        return Judgement(logits_CT, torch.stack([each.norm(dim=1) for each in spread], dim=1), spread)
 
     @property
     def probability(self) -> Tensor:
+        """[C, T], with the deviation in it."""
         return probability(self.mean, self.deviation)
 
     def bounds(self, factor: float) -> Tensor:
@@ -119,7 +114,7 @@ class Judgement:
         Candidates that are alike have logits that are alike in every draw.
         """
         columns = []
-        for task, (own, phi_CD) in enumerate(zip(self.posteriors, self.phi, strict=True)):
-            normal = torch.from_numpy(rng.standard_normal(len(own.root), dtype=np.float32))
-            columns.append(self.mean[candidates, task] + own.spread(phi_CD[candidates]) @ normal)
-        return torch.stack(columns, dim=1)
+        for spread_CD in self.spread:
+            normal_D = torch.from_numpy(rng.standard_normal(spread_CD.shape[1], dtype=np.float32))
+            columns.append(spread_CD[candidates] @ normal_D)
+        return self.mean[candidates] + torch.stack(columns, dim=1)

@@ -62,10 +62,11 @@ def grid_of(columns: Sequence[str], rows: Iterable[Sequence[Cell]], note: str = 
         Column(name, "text" if text else "number", "text" if text else "")
         for name, text in zip(columns, texts, strict=True)
     ]
+    places = [_places([row[place] for row in every]) for place in range(len(columns))]
     shown = [
         [
-            Shown(_text(cell), _value(cell), "text" if text else "")
-            for cell, text in zip(row, texts, strict=True)
+            Shown(_text(cell, digits), _value(cell), "text" if text else "")
+            for cell, text, digits in zip(row, texts, places, strict=True)
         ]
         for row in every
     ]
@@ -87,8 +88,16 @@ def numbers_of(figure: Figure) -> Iterator[Grid]:
         yield grid_of(columns, some, note)
 
 
-def _text(cell: Cell) -> str:
-    """Four digits of a number, and all of an integer."""
+def _places(cells: Iterable[Cell]) -> int:
+    """Digits after the point that give the largest number of a column four digits."""
+    sizes = [abs(cell) for cell in cells if isinstance(cell, float) and math.isfinite(cell) and cell]
+    if all(size.is_integer() for size in sizes):
+        return 0
+    return min(4, max(0, 3 - math.floor(math.log10(max(sizes)))))
+
+
+def _text(cell: Cell, places: int) -> str:
+    """All of an integer, and of another number so many digits that a column reads well."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return _NONE
     if isinstance(cell, bool):
@@ -96,7 +105,8 @@ def _text(cell: Cell) -> str:
     if isinstance(cell, int):
         return f"{cell:,}"
     if isinstance(cell, float):
-        return f"{cell:,.0f}" if 1e4 <= abs(cell) < 1e9 else f"{cell:.4g}"
+        tiny_or_huge = cell and not 10.0 ** (1 - places) <= abs(cell) < 1e9
+        return f"{cell:.3g}" if tiny_or_huge else f"{cell:,.{places}f}"
     return cell
 
 

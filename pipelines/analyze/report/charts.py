@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +15,13 @@ from pipelines.analyze.report.model import Bars, Chart, HeatMap, Intervals, Line
 from pipelines.analyze.report.palette import GREY, INK, SERIES, Look
 
 Looks = Mapping[str, Look]
-# Cells of a heat map that have their numbers written into them.
-_WRITTEN = 144
+# Columns of a heat map that are wide enough for their numbers, and digits after the point that fit in.
+_WRITTEN, _DIGITS = 8, 3
 _LONG = 9
+# Letters below a chart that have room side by side.
+_ACROSS = 32
+# Inches of a chart: so wide that its letters can still be read on a phone.
+WIDTH = 3.8
 
 
 def draw(axes: Axes, chart: Chart, looks: Looks) -> None:
@@ -25,15 +30,15 @@ def draw(axes: Axes, chart: Chart, looks: Looks) -> None:
     _KINDS[type(chart)](axes, chart, looks)
 
 
-def size_of(chart: Chart) -> tuple[float, float]:
+def size_of(chart: Chart, looks: Looks) -> tuple[float, float]:
     """Width and height in inches that a chart wants."""
     if isinstance(chart, Bars) and lies(chart):
-        return 5.0, 1.1 + len(chart.groups) * max(0.26, 0.13 + 0.15 * len(chart.bars))
+        return WIDTH, 0.8 + len(chart.groups) * (0.1 + 0.13 * _most_bars(chart, looks))
     if isinstance(chart, Intervals):
-        return 5.0, 1.1 + 0.26 * len(chart.rows)
+        return WIDTH, 0.75 + 0.2 * len(chart.rows)
     if isinstance(chart, HeatMap):
-        return 5.0, min(9.0, max(2.6, 1.4 + 0.3 * len(chart.y)))
-    return 5.0, 3.1
+        return WIDTH, min(9.0, max(2.2, 1.2 + 0.22 * len(chart.y)))
+    return WIDTH, 2.5
 
 
 def lies(chart: Bars) -> bool:
@@ -51,21 +56,27 @@ def _lines(axes: Axes, chart: Lines, looks: Looks) -> None:
             axes.fill_between(line.x, line.low, line.high, color=look.colour, alpha=0.16, linewidth=0)
     _name_axes(axes, chart.x_label, chart.y_label)
     _scale(axes, chart.log_x, chart.log_y)
+    low, high = axes.get_ylim()
+    if not chart.log_y and 0 < low < 0.4 * high:
+        axes.set_ylim(bottom=0)
     whole = all(float(x).is_integer() for line in chart.lines for x in line.x)
     if whole and not chart.log_x:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _bars(axes: Axes, chart: Bars, looks: Looks) -> None:
-    """Bars side by side; references are strokes over the bars of their group."""
+    """The bars that a group has side by side; references are strokes over the bars of their group."""
+    lying, places = lies(chart), np.arange(len(chart.groups), dtype=float)
     own = [name for name in chart.bars if not looks[name].reference]
-    lying, width = lies(chart), 0.8 / max(1, len(own))
-    places = np.arange(len(chart.groups), dtype=float)
+    there = np.isfinite(np.array([chart.bars[name] for name in own])).reshape(len(own), len(places))
+    width, before = 0.8 / _most_bars(chart, looks), np.cumsum(there, axis=0) - 1
     for number, name in enumerate(own):
-        at, values = places + (number - (len(own) - 1) / 2) * width, np.array(chart.bars[name])
+        shift = (before[number] - (there.sum(0) - 1) / 2) * width
         draw_bars = axes.barh if lying else axes.bar
-        draw_bars(at, values, width * 0.9, color=looks[name].colour, linewidth=0)
-        _whiskers(axes, at, chart, name, lying)
+        draw_bars(
+            places + shift, np.array(chart.bars[name]), width * 0.9, color=looks[name].colour, linewidth=0
+        )
+        _whiskers(axes, places + shift, chart, name, lying)
     for name in chart.bars:
         if looks[name].reference:
             strokes = axes.vlines if lying else axes.hlines
@@ -78,8 +89,15 @@ def _bars(axes: Axes, chart: Bars, looks: Looks) -> None:
     if lying:
         axes.set_ylim(len(chart.groups) - 0.5, -0.5)
         axes.set_xlabel(chart.y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     else:
         axes.set_ylabel(chart.y_label)
+
+
+def _most_bars(chart: Bars, looks: Looks) -> int:
+    """Of one group."""
+    own = [values for name, values in chart.bars.items() if not looks[name].reference]
+    return int(np.isfinite(np.array(own)).sum(0).max(initial=1)) if own else 1
 
 
 def _whiskers(axes: Axes, at: Any, chart: Bars, name: str, lying: bool) -> None:
@@ -103,7 +121,7 @@ def _heat_map(axes: Axes, chart: HeatMap, looks: Looks) -> None:
     mesh.set_rasterized(values.size > 1024)
     axes.set_xticks(np.arange(len(chart.x)) + 0.5, chart.x)
     axes.set_yticks(np.arange(len(chart.y)) + 0.5, chart.y)
-    if any(len(name) > 3 for name in chart.x) and len(chart.x) > 4:
+    if sum(map(len, chart.x)) > _ACROSS:
         axes.tick_params(axis="x", rotation=90)
     axes.invert_yaxis()
     axes.tick_params(length=0)
@@ -111,16 +129,21 @@ def _heat_map(axes: Axes, chart: HeatMap, looks: Looks) -> None:
     _name_axes(axes, chart.x_label, chart.y_label)
     bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.03)
     bar.outline.set_visible(False)
-    if values.size <= _WRITTEN:
+    if len(chart.x) <= _WRITTEN:
         _write_values(axes, values, mesh)
 
 
 def _write_values(axes: Axes, values: Any, mesh: Any) -> None:
+    """Two digits of the largest, and of the others as many places."""
+    largest = float(np.abs(values).max()) if values.count() else 0.0
+    places = max(0, 1 - math.floor(math.log10(largest))) if largest > 0 else 0
+    if places > _DIGITS:
+        return
     shades = mesh.to_rgba(values)[..., :3] @ (0.299, 0.587, 0.114)
     for (y, x), value in np.ndenumerate(values):
         if not np.ma.is_masked(value):
             colour = "white" if shades[y, x] < 0.55 else "black"
-            text = f"{value:.2g}"
+            text = f"{value:,.{places}f}"
             axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=colour)
 
 
@@ -154,6 +177,7 @@ def _intervals(axes: Axes, chart: Intervals, looks: Looks) -> None:
     axes.tick_params(axis="y", length=0)
     axes.yaxis.grid(False)
     axes.set_xlabel(chart.x_label)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _of(chart: Intervals, part: str) -> Numbers:

@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from pipelines.analyze.report.charts import draw, size_of
+from pipelines.analyze.report.charts import WIDTH, draw, size_of
 from pipelines.analyze.report.model import Chart, Figure
 from pipelines.analyze.report.palette import GRID, INK, PAPER, SOFT, Look, looks_of, with_variables
 
@@ -71,7 +71,7 @@ def svgs_of(figure: Figure) -> list[str]:
 
 
 def _svg(name: str, chart: Chart, looks: dict[str, Look]) -> str:
-    canvas = Canvas(figsize=size_of(chart), layout="constrained")
+    canvas = Canvas(figsize=size_of(chart, looks), layout="constrained")
     canvas.patch.set_visible(False)
     axes = canvas.add_subplot()
     draw(axes, chart, looks)
@@ -97,9 +97,9 @@ def write_png(figure: Figure, path: Path) -> None:
     looks = looks_of(figure)
     across = min(_PER_ROW, max(1, len(figure.charts)))
     rows = [figure.charts[first : first + across] for first in range(0, len(figure.charts), across)]
-    heights = [max(size_of(chart)[1] + 0.2 for chart in row) for row in rows]
+    heights = [max(size_of(chart, looks)[1] + 0.2 for chart in row) for row in rows]
     with _style():
-        canvas = Canvas(figsize=(5.0 * across, sum(heights) + 0.9), layout="constrained")
+        canvas = Canvas(figsize=(WIDTH * across, sum(heights) + 0.9), layout="constrained")
         canvas.suptitle(figure.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         grid = canvas.add_gridspec(max(1, len(rows)), across, height_ratios=heights or [1])
         for down, row in enumerate(rows):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from pipelines.analyze.report.model import Bars, Chart, Figure, HeatMap, Intervals, Lines
 
 INK, SOFT, GRID, GREY, PAPER = "#1c2431", "#5b6777", "#e3e8ee", "#98a2af", "#fefefe"
 # After Okabe and Ito (2008), told apart by people of any colour vision; a little darker on white.
 SERIES = ("#0b68a8", "#d1600c", "#0a8f68", "#b5579b", "#3f9ad1", "#b98900", "#6b4fa0", "#8a5a35")
-_DASHES = ("solid", "dashdot", "dotted")
+Dash = Literal["solid", "dashed", "dashdot", "dotted"]
+_DASHES: tuple[Dash, ...] = ("solid", "dashdot", "dotted")
 _MARKERS = "osD^vP"
 # What the page calls them.
 VARIABLES: Mapping[str, str] = {
@@ -26,7 +28,7 @@ class Look:
     """How one series looks in all charts of a figure."""
 
     colour: str
-    dash: str = "solid"
+    dash: Dash = "solid"
     marker: str = "o"
     reference: bool = False
 

@@ -17,7 +17,8 @@ from pipelines.analyze.report.draw import write_png
 from pipelines.analyze.report.model import Figure, Report
 from pipelines.analyze.report.numbers import json_of, plain
 from pipelines.analyze.report.page import page_of
-from trainer.sealed_folder import naming, publish, scratch
+from trainer.sealed_folder import naming, publish, remove_folder, scratch
+from trainer.storage import is_remote
 
 PAGE, FACTS, FIGURES = "index.html", "report.json", "figures"
 FORMAT = "tandemrec.report"
@@ -25,8 +26,10 @@ FORMAT = "tandemrec.report"
 
 def check_target(out: Path) -> None:
     """Raises:
-    ConfigError: there is something at `out` that is no report.
+    ConfigError: there is something at `out` that is no report, or it is in a store.
     """
+    if is_remote(out):
+        raise ConfigError(f"--out {out}: a report is written to a folder of this machine; name one")
     if out.is_dir() and (_is_report(out / FACTS) or not any(out.iterdir())):
         return
     if out.exists():
@@ -39,13 +42,16 @@ def write_report(report: Report, out: Path) -> Path:
     Raises:
         ConfigError: there is something else at `out`, or it cannot be written.
     """
-    out = out.resolve()
     check_target(out)
+    out = out.resolve()
     try:
         with scratch(out.parent, out.name) as part, naming(out):
             _fill(part, report)
             check_target(out)
-            publish(part, out, aside=part.with_name(f"{part.name}.old"))
+            older = part.with_name(f"{part.name}.old")
+            publish(part, out, aside=older)
+            if older.exists():
+                remove_folder(older)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror or error}") from None
     return out / PAGE

@@ -46,6 +46,10 @@ USERS = {
     "sparse_1": 300,
     "collapse": 150,
     "flip": 150,
+    "digits": 150,
+    "digits_number": 150,
+    "similar": 150,
+    "uncertain": 300,
 }
 # Where the oracle of a draw of this size may lie: the value of a large draw, give or take three deviations.
 ORACLE = {
@@ -67,6 +71,10 @@ ORACLE = {
     "sparse_1": (0.78, 0.99),
     "collapse": (0.84, 0.94),
     "flip": (0.71, 0.85),
+    "digits": (0.87, 0.95),
+    "digits_number": (0.87, 0.95),
+    "similar": (0.79, 0.89),
+    "uncertain": (0.77, 0.88),
 }
 # Of what the kinds of one task were when others came: a seed must go on giving the same log.
 DIGESTS = {

@@ -79,7 +79,9 @@ def test_scores_are_named_by_task_and_are_what_was_measured(made: Path) -> None:
     file = made / "run" / "scores-test.parquet"
     named = [f"{what}_{task}" for task in TASKS for what in ("score", "label")]
     names = pq.read_schema(file).names
-    assert names == ["user_id", "request_id", "candidate", "item_id", "history", *named]
+    # The labels of this log have sample weights.
+    weights = [f"weight_{task}" for task in TASKS]
+    assert names == ["user_id", "request_id", "candidate", "item_id", "history", *named, *weights]
     scored = read_scores(file)
     assert scored.tasks == TASKS
     for task, metrics in scored.all_metrics().items():

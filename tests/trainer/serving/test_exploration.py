@@ -168,8 +168,8 @@ def test_candidates_of_a_request_are_scored_by_one_draw(snapshot: Snapshot, log:
     whole = slice(0, request.count)
     draws = [sureness(judged, whole, request, Exploration("thompson", seed=seed)) for seed in range(400)]
     off = np.stack([each.explore - each.mean for each in draws if each.explore is not None])
-    for task, (own, phi) in enumerate(zip(judged.posteriors, judged.phi, strict=True)):
-        spread = own.spread(phi).numpy().astype(np.float64)
+    for task, each in enumerate(judged.spread):
+        spread = each.numpy().astype(np.float64)
         expected = spread @ spread.T
         found = np.cov(off[:, :, task].T).reshape(expected.shape)
         np.testing.assert_allclose(found, expected, atol=0.35 * expected.max())

@@ -27,7 +27,7 @@ from tests.trainer.snapshot.test_delta import tables
 from tests.trainer.snapshot.test_snapshot import change as change_manifest
 from trainer.ranks.process_group import process_group
 from trainer.snapshot import load_snapshot
-from trainer.snapshot.manifest import read_manifest
+from trainer.snapshot.reading import read_manifest
 
 IDS = ("ids.item_id.capacity=40", "ids.item_id.shared_rows=4")
 APART = ("ids.item_id.groups.attention=12",)

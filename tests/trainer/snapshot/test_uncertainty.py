@@ -64,7 +64,7 @@ def test_a_posterior_is_that_of_bayesian_logistic_regression(
     np.testing.assert_allclose(root @ root.T, covariance, rtol=1e-4, atol=1e-6 * covariance.max())
     asked = torch.from_numpy(rng.normal(size=(5, width))).float()
     expected = np.sqrt(np.einsum("cd,de,ce->c", asked, covariance, asked))
-    np.testing.assert_allclose(own.deviation(asked).numpy(), expected, rtol=1e-3)
+    np.testing.assert_allclose(own.spread(asked).norm(dim=1).numpy(), expected, rtol=1e-3)
 
 
 @settings(max_examples=12, deadline=None)
@@ -93,6 +93,22 @@ def test_probabilities_with_a_deviation_are_means_of_a_normal_logit() -> None:
             found = probability(torch.tensor(mean), torch.tensor(deviation))
             assert abs(float(found) - exact) < 0.02
     assert float(probability(torch.tensor(1.5), torch.tensor(0.0))) == pytest.approx(sigmoid(1.5))
+
+
+def test_intervals_of_a_known_phi_hold_the_true_logit_as_often_as_they_say() -> None:
+    """Logistic regressions by Newton's method on 40 data sets: 90 % intervals hold 87 to 93 %."""
+    held = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        true, phi = rng.normal(0, 0.4, 8), rng.normal(size=(1_500, 8))
+        label, found = rng.random(1_500) < sigmoid(phi @ true), np.zeros(8)
+        for _ in range(8):
+            own = curvature(phi, phi @ found, np.ones(1_500))
+            found = found + np.linalg.solve(own + np.eye(8), phi.T @ (label - sigmoid(phi @ found)) - found)
+        asked = rng.normal(size=(200, 8))
+        deviation = posterior(own, 1.0).spread(torch.from_numpy(asked).float()).norm(dim=1).numpy()
+        held.append(np.abs(asked @ (found - true)) <= 1.645 * deviation)
+    assert 0.87 < np.mean(held) < 0.93
 
 
 def test_draws_have_the_mean_and_the_covariance_of_the_posterior() -> None:
@@ -248,4 +264,4 @@ def test_posteriors_that_do_not_fit_are_refused(log: Path, tmp_path: Path) -> No
 def test_a_one_stands_for_the_bias() -> None:
     assert with_one(torch.zeros(2, 3)).tolist() == [[0, 0, 0, 1]] * 2
     own = Posterior(torch.eye(4))
-    assert own.deviation(with_one(torch.zeros(2, 3))).tolist() == [1, 1]
+    assert own.spread(with_one(torch.zeros(2, 3))).tolist() == [[0, 0, 0, 1]] * 2

@@ -13,8 +13,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from trainer.config.sections import DataConfig
+from trainer.data.row_group import read_footer
 from trainer.data.similarity.files import VectorCounts, files_of, read_vectors
-from trainer.data.similarity.similarity import Similarity, keys_in_log, similarities_of
+from trainer.data.similarity.similarity import Similarity, keys_in_log, similarities_of, vectors_used
 from trainer.data.similarity.vectors import Vectors
 from trainer.log.schema import LogManifest
 
@@ -65,6 +66,25 @@ def load_vectors(data: DataConfig, manifest: LogManifest) -> dict[str, LoadedVec
 def given_vectors(loaded: Mapping[str, LoadedVectors]) -> dict[str, Vectors]:
     """Without what was found in the files."""
     return {name: each.vectors for name, each in loaded.items()}
+
+
+def bytes_held(data: DataConfig) -> int:
+    """About the memory that the vectors of a run take in a process while they are read; 0 where no file is.
+
+    Their directions have two bytes a number, and there are two copies of them at the end of the reading.
+    """
+    held = 0
+    for name in vectors_used(data):
+        settings = data.vectors[name]
+        for file in files_of(settings.file) if settings.file.exists() else ():
+            footer = read_footer(file)
+            for place in range(footer.num_row_groups):
+                group = footer.row_group(place)
+                for column in map(group.column, range(group.num_columns)):
+                    if column.path_in_schema.partition(".")[0] == settings.vector_column:
+                        width = 8 if column.physical_type == "DOUBLE" else 4
+                        held += 2 * (8 * group.num_rows + 2 * column.total_uncompressed_size // width)
+    return held
 
 
 def open_similarities(

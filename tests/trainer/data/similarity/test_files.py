@@ -13,14 +13,14 @@ import pytest
 
 from embeddings.errors import ConfigError, DataError
 from tests.helpers.logs import manifest_of
-from tests.helpers.similarity import drawn_vectors, write_vectors
+from tests.helpers.similarity import drawn_vectors, write_parquet
 from trainer.config.sections import DataConfig
 from trainer.config.similarity import VectorsConfig
 from trainer.data.similarity import vectors as vectors_module
 from trainer.data.similarity.directions import directions_of
 from trainer.data.similarity.files import VectorCounts, read_vectors
 from trainer.data.similarity.keys import Key
-from trainer.data.similarity.loading import load_vectors
+from trainer.data.similarity.loading import bytes_held, load_vectors
 from trainer.log.hashed_ids import hash_text
 from trainer.log.schema import FeatureInfo, LogManifest
 from trainer.log.vocabulary import spell
@@ -39,7 +39,7 @@ def found(file: Path, info: FeatureInfo, log: Path = Path("log")) -> tuple[Any, 
 
 def test_ids_of_a_log_without_vocabulary(tmp_path: Path) -> None:
     given = drawn_vectors(1, [12, 3, 7, 0, 4])  # 12 and 0 are no ids of the log, and 7 has zeros
-    vectors, counts = found(write_vectors(tmp_path / "v.parquet", given), FeatureInfo(rows=ROWS))
+    vectors, counts = found(write_parquet(tmp_path / "v.parquet", given), FeatureInfo(rows=ROWS))
     assert vectors.ids.tolist() == [3, 4]
     expected = directions_of(np.float32([given[3], given[4]]))
     assert np.array_equal(vectors.directions, expected)
@@ -93,8 +93,8 @@ def test_values_of_a_vocabulary_and_raw_ids(tmp_path: Path) -> None:
 
 def test_a_folder_of_files_and_one_reading_for_all_readers(tmp_path: Path) -> None:
     (tmp_path / "v").mkdir()
-    write_vectors(tmp_path / "v" / "b.parquet", drawn_vectors(1, [1, 2]))
-    write_vectors(tmp_path / "v" / "a.parquet", drawn_vectors(2, [3]))
+    write_parquet(tmp_path / "v" / "b.parquet", drawn_vectors(1, [1, 2]))
+    write_parquet(tmp_path / "v" / "a.parquet", drawn_vectors(2, [3]))
     data = DataConfig.model_validate(
         {
             "vectors": {"content": {"file": str(tmp_path / "v")}, "unused": {}},
@@ -105,8 +105,10 @@ def test_a_folder_of_files_and_one_reading_for_all_readers(tmp_path: Path) -> No
     loaded = load_vectors(data, manifest)
     assert list(loaded) == ["content"] and loaded["content"].vectors.ids.tolist() == [1, 2, 3]
     assert load_vectors(data, manifest)["content"] is loaded["content"]
+    # Three vectors of six numbers, twice; a file says more of small pages.
+    assert 2 * 3 * (8 + 2 * 6) <= bytes_held(data) < 2000
     before = loaded["content"].digest
-    write_vectors(tmp_path / "v" / "a.parquet", drawn_vectors(3, [3, 4, 5, 6]))
+    write_parquet(tmp_path / "v" / "a.parquet", drawn_vectors(3, [3, 4, 5, 6]))
     again = load_vectors(data, manifest)["content"]
     assert again.vectors.ids.tolist() == [1, 2, 3, 4, 5, 6] and again.digest != before
 

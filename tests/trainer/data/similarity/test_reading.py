@@ -10,7 +10,7 @@ import pytest
 
 import trainer.data.similarity.similarity as similarity_module
 from tests.helpers.logs import Shape, enrich, random_rows, write_log
-from tests.helpers.similarity import drawn_vectors, shown, slow_similarities, write_vectors
+from tests.helpers.similarity import drawn_vectors, shown, slow_similarities, write_parquet
 from trainer.config.sections import DataConfig
 from trainer.data.reader import SequenceLogReader
 from trainer.data.similarity.encoding import parts_of
@@ -29,9 +29,9 @@ CUTS: tuple[dict[str, Any], ...] = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("similar")
     write_log(path / "log", {"train": ROWS}, rich=True)
-    write_vectors(path / "items.parquet", ITEMS)
-    write_vectors(path / "cities.parquet", CITIES, "city")
-    write_vectors(path / "users.parquet", USERS, "user_id")
+    write_parquet(path / "items.parquet", ITEMS)
+    write_parquet(path / "cities.parquet", CITIES, "city")
+    write_parquet(path / "users.parquet", USERS, "user_id")
     return path
 
 
