@@ -152,6 +152,7 @@ def _by_category(case: Case, found: Measured, end: str) -> Figure:
         "most frequent first, means over seeds. A search that is good on the whole and bad on one "
         "category has not learned what matters there.",
         (Bars("NDCG@K", "NDCG@K", names, bars),),
+        references=tuple(found.beside),
     )
 
 
@@ -177,6 +178,7 @@ def _by_recency(found: Measured, end: str) -> Figure:
         "the window (1 = newest; places are pooled to 1, 2-3, 4-7 and so on). Bands are the range over "
         "seeds. A search that falls towards the right forgets what lies far back.",
         (Lines("Recall@K", "place of the behavior", "share kept", tuple(lines), log_x=True),),
+        references=tuple(found.beside),
     )
 
 
@@ -230,8 +232,8 @@ def _clusters(found: Measured, end: str) -> Figure:
     return Figure(
         f"search-discriminability{end}",
         "How well the pooled vector tells positives from negatives",
-        "The pooled vector h of each candidate (the weighted sum of its kept behaviors, and nothing else "
-        "of what the head is given) is put into one of so many clusters by k-means; drawn is the "
+        "The pooled vector h of each candidate (what the model makes of its kept behaviors, and nothing "
+        "else of what the head is given) is put into one of so many clusters by k-means; drawn is the "
         f"normalised mutual information of cluster and label, mean and range over {SEEDS} seeds of the "
         "clusters and the seeds of the runs. What clusters of the same vectors know about shuffled labels "
         "is chance.",
@@ -244,6 +246,7 @@ def _clusters(found: Measured, end: str) -> Figure:
                 log_x=True,
             ),
         ),
+        references=(chance.name,) if chance else (),
     )
 
 
