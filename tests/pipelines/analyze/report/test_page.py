@@ -13,12 +13,14 @@ from tests.helpers.reports import small_report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
+DARK = {"name": "prefers-color-scheme", "value": "dark"}
+_CARD = "getComputedStyle(document.querySelector('.card')).backgroundColor"
 _COLUMN = "[...document.querySelectorAll('#numbers tbody tr')].map(row => row.cells[{}].innerText)"
 _CLICK = "document.querySelectorAll('#numbers th button')[{}].click()"
 
 
 def opened(page: Browser, file: Path, width: int, scheme: str) -> None:
-    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.call("Emulation.setEmulatedMedia", features=[{**DARK, "value": scheme}])
     page.open(file.as_uri(), width)
     page.wait("document.readyState === 'complete' && document.querySelector('footer') !== null")
 
@@ -41,6 +43,8 @@ def test_the_page(tmp_path: Path) -> None:
             assert page.value("document.documentElement.scrollWidth") == width
             colours.append(page.value("getComputedStyle(document.body).backgroundColor"))
         assert colours[0] == colours[1] != colours[2]
+        page.call("Emulation.setEmulatedMedia", media="print", features=[DARK])
+        assert page.value(_CARD) == "rgb(254, 254, 254)", "paper is white"
         assert {url.split(":")[0] for url in page.requested} <= {"file", "data"}
         assert page.errors == []
 
