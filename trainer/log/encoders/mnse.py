@@ -83,8 +83,8 @@ class Mnse(Encoder):
         if self.combine == "sum":
             # Ids of a base follow those of the others, so that each depends on all numbers of places.
             places = ", ".join(f"{self.places(base)} of base {base}" for base in self.bases)
-            return {part: f"digits, {places}, steps of {self.step}" for part in self.parts(name)}
-        meanings = [f"digits of base {base}, steps of {self.step}" for base in self.bases]
+            return {part: f"digits, {places}, {self.unit}" for part in self.parts(name)}
+        meanings = [f"digits of base {base}, {self.unit}" for base in self.bases]
         return dict(zip(self.parts(name), meanings, strict=True))
 
     def encode(self, codes: Ints) -> dict[str, Bags]:
