@@ -37,7 +37,7 @@ OF_IDS: Final = (
     "data.history_length=30",
     "model.k=30",
     'groups.attention.features=["item_id"]',
-    "train.epochs=8",
+    "train.epochs=4",
 )
 NONE, SIMPLE = "ids alone", "max, mnse"
 MODELS: Final[Mapping[str, Mapping[str, Any]]] = {

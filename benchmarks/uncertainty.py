@@ -59,21 +59,21 @@ SEEN = ((0, 1), (1, 10), (10, 100), (100, 1 << 40))
 @one_thread()
 def main(words: Sequence[str]) -> None:
     options = Options("uncertainty", __doc__).measuring(repeats=3)
-    options.add_argument("--users", type=int, default=3_000, help="to train on")
-    options.add_argument("--rounds", type=int, default=4_000, help="of the bandit; 0: none")
+    options.add_argument("--users", type=int, default=3_000, help="to train on; 0: no models")
+    options.add_argument("--rounds", type=int, default=6_000, help="of the bandit; 0: none")
     options.overriding()
     given = options.read(words)
     report = Report(given, "Uncertainty", seed=1)
-    for seed in range(1, given.repeats + 1):
+    for seed in range(1, given.repeats + 1) if given.users else ():
         for name, settings in MODELS.items():
             with tempfile.TemporaryDirectory() as folder:
                 overrides = [*COMMON, *settings, *given.overrides]
                 report.rows += measured(Path(folder), name, seed, given.users, overrides)
-    show(report)
+    if report.rows:
+        show(report)
     if given.rounds:
         show_bandit(report, given.rounds, given.repeats)
-    else:
-        report.show_ratios(3)
+    report.show_ratios(2)
     report.close()
 
 
@@ -154,6 +154,6 @@ def show_bandit(report: Report, rounds: int, seeds: int) -> None:
             late = [float(each[-rounds // 4 :].mean()) for each in lost]
             cells.append([name, rule, mean(total, 0), mean(late)])
             greedy = greedy or total
-            report.ratios[f"regret, {name}: {rule} to greedy"] = sum(total) / sum(greedy)
+            if rule != "greedy":
+                report.ratios[f"regret, {name}: {rule} to greedy"] = sum(total) / sum(greedy)
     report.cells(head, cells)
-    report.show_ratios(2)

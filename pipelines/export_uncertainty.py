@@ -67,7 +67,13 @@ def with_uncertainty(draft: Snapshot, run: TrainedRun, options: UncertaintyOptio
     started = time.monotonic()
     bounds = id_bounds(run.groups, run.config)
     reader = SequenceLogReader(
-        run.config.data, "train", bounds, tasks=run.tasks, manifest=run.manifest, limit=options.candidates
+        run.config.data,
+        "train",
+        bounds,
+        tasks=run.tasks,
+        manifest=run.manifest,
+        vectors=run.vectors,
+        limit=options.candidates,
     )
     layers = draft.model.head.last_layers()
     sums = [_Sums(np.zeros((layer.map.in_features + 1,) * 2)) for layer in layers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -33,6 +33,7 @@ from trainer.config.places import place_of
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import flat_settings
 from trainer.data.domain import DomainColumn
+from trainer.data.parts import with_parts
 from trainer.data.similarity.encoding import features_of_tables
 from trainer.log.schema import ANY_ID, LogManifest
 from trainer.model.frame import TwoStageModel
@@ -85,7 +86,8 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
     items = {name: info.rows for name, info in of_items.items()}
     contexts = {name: info.rows for name, info in manifest.table_context.items()}
     features = {**of_items, **manifest.table_context}
-    config = with_parts(config, manifest)
+    named: dict[str, Collection[str]] = {"tables": config.tables, "ids": config.ids}
+    config = config.model_copy(update={"groups": with_parts(config.groups, features, named)})
     tasks = resolve_tasks(config.tasks, manifest.tasks)
     if config.data.domain:
         # Before a group or a gate misses it.
@@ -111,31 +113,6 @@ def resolve_groups(config: Config, manifest: LogManifest) -> dict[str, TableGrou
     for key, feature in {} if kind is None else kind.features(config.model).items():
         _check_compared(f"model.{key} = {feature!r}", feature, "candidates", True, manifest)
     return groups
-
-
-def with_parts(config: Config, manifest: LogManifest) -> Config:
-    """The config with the features that tables have, where its groups name encoded numbers of the log.
-
-    Raises:
-        ConfigError: `tables` or `ids` names such a number, or a part of it: its encoder says its rows.
-    """
-    known = {**features_of_tables(config.data, manifest), **manifest.table_context}
-    parts: dict[str, list[str]] = {}
-    for part, info in known.items():
-        if info.field:
-            parts.setdefault(info.field, []).append(part)
-    for section in ("tables", "ids"):
-        for name in getattr(config, section):
-            if name in parts or (name in known and known[name].field):
-                raise ConfigError(f"{section}.{name}: it is a number, whose encoder says its rows")
-    groups = {}
-    for name, group in config.groups.items():
-        features = tuple(part for each in group.features for part in parts.get(each, [each]))
-        dim = group.dim
-        if isinstance(dim, dict):
-            dim = {part: each for key, each in dim.items() for part in parts.get(key, [key])}
-        groups[name] = group.model_copy(update={"features": features, "dim": dim})
-    return config.model_copy(update={"groups": groups})
 
 
 def _check_owner(branch: str, owner: str, tasks: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ def regrets(rule: str, seed: int, rounds: int, offers: tuple[int, int]) -> Float
     truth = world.normal(size=(items, WIDTH))
     found, covariance = np.zeros((items, WIDTH)), np.stack([np.eye(WIDTH) / _PRIOR] * items)
     seen: list[list[tuple[Floats, float]]] = [[] for _ in range(items)]
-    lost = np.zeros(rounds)
+    lost, changed = np.zeros(rounds), set[int]()
     for number in range(rounds):
         x = np.r_[1.0, world.normal(size=WIDTH - 1)]
         offered, chance = world.choice(items, shown, replace=False), world.random()
@@ -41,10 +41,11 @@ def regrets(rule: str, seed: int, rounds: int, offers: tuple[int, int]) -> Float
         mine = p[offered == chosen][0]
         lost[number] = p.max() - mine
         seen[chosen].append((x, float(chance < mine)))
+        changed.add(int(chosen))
         if number % _EVERY == 0:
-            for item in range(items):
-                if seen[item]:
-                    found[item], covariance[item] = _fitted(seen[item], found[item])
+            for item in changed:
+                found[item], covariance[item] = _fitted(seen[item], found[item])
+            changed.clear()
     return lost
 
 

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -54,7 +54,7 @@ def document() -> str:
     """The whole page."""
     parts = [_HEAD]
     for title, what, model in _MODELS:
-        parts += [f"\n## {title}\n\n{what}\n", *_sections("", "", model)]
+        parts += [f"\n## {title}\n\n{what}\n", *_sections("", "", model, set())]
     return "".join(parts)
 
 
@@ -86,12 +86,16 @@ def _docstrings(kind: type[Settings]) -> dict[str, str]:
     return texts
 
 
-def _sections(path: str, heading: str, model: type[Settings]) -> Iterator[str]:
-    """The tables of a model and of all below it."""
+def _sections(path: str, heading: str, model: type[Settings], told: set[type[BaseModel]]) -> Iterator[str]:
+    """The tables of a model and of all below it; of several kinds that a key may be, each once (`told`)."""
     texts, schema, rows, below = texts_of(model), model.model_json_schema(), [], []
     for key, field in model.model_fields.items():
-        inner = next(models_in(field.annotation), None)
-        if inner is not None and issubclass(inner, Settings):
+        kinds = list(models_in(field.annotation))
+        inner = next(iter(kinds), None)
+        if len(kinds) > 1:
+            below += [(f"{key} = {_kind(kind)}", kind) for kind in kinds if kind not in told]
+            told.update(kinds)
+        elif inner is not None and issubclass(inner, Settings):
             below.append((_place(path, key, field), inner))
             if not path:
                 continue
@@ -110,7 +114,14 @@ def _sections(path: str, heading: str, model: type[Settings]) -> Iterator[str]:
             # Branches of [model] have the keys of its own first part.
             continue
         bare = place.strip("[]")
-        yield from _sections(bare, f"`[[{bare}]]`" if place.startswith("[[") else f"`[{bare}]`", inner)
+        titled = place if " = " in place else f"[[{bare}]]" if place.startswith("[[") else f"[{bare}]"
+        yield from _sections(bare, f"`{titled}`", inner, told)
+
+
+def _kind(model: type[BaseModel]) -> str:
+    """How a value of one of several kinds begins."""
+    (kind,) = get_args(model.model_fields["kind"].annotation)
+    return f'{{ kind = "{kind}", ... }}'
 
 
 def _place(path: str, key: str, field: FieldInfo) -> str:
@@ -156,6 +167,8 @@ def _values(entry: Mapping[str, Any]) -> str:
     if "anyOf" in entry:
         kinds = [_values(each) for each in entry["anyOf"] if each.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
+    if "prefixItems" in entry:
+        return f"list of {len(entry['prefixItems'])}: {_values(entry['prefixItems'][0])}"
     if entry.get("type") == "array":
         return f"list of {_values(entry['items'])}"
     if entry.get("type") == "object":

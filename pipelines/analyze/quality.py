@@ -24,11 +24,14 @@ from pipelines.analyze.runs import AnalysedRun
 from pipelines.analyze.scores import RunScores, scores_of
 from trainer.analysis.slices import COMPARED, Comparison, Measured, Slicing, over_runs
 from trainer.quality.bootstrap import METRICS
+from trainer.quality.bootstrap import Interval as Joint
 
 _TITLES = {"auc": "AUC", "gauc": "GAUC", "logloss": "logloss", "pcoc": "PCOC"}
 _OF_SLICES = ("auc", "logloss", "pcoc")
 # PCOC outside of this, and for certain not 1, is an alarm (docs/evaluation.md).
 _CALIBRATED = (0.8, 1.25)
+# Slices that are named, of a task and config.
+_MOST_SLICES = 3
 # Of more configs each is compared with the first one only.
 _ALL_PAIRS = 4
 _INTRODUCTION = (
@@ -244,27 +247,51 @@ def _calibration(found: Study, suffix: str) -> Iterator[Figure]:
             "its mean prediction, with 95 % intervals. Above the dashed line predictions are too low, below "
             "it too high. Of several seeds the first is drawn."
         )
-        yield Figure(f"quality_calibration{suffix}", "Calibration", caption, tuple(charts))
+        yield Figure(f"quality_calibration{suffix}", "Calibration", caption, tuple(charts), ("calibrated",))
 
 
 def _alarms(found: Study, suffix: str) -> Iterator[Finding]:
     """Scores that are no better than chance, and predictions that are off in scale."""
-    low, high = _CALIBRATED
     for task in found.tasks:
         for label, own in _of_label(found, task, WHOLE):
             auc, pcoc = over_runs("auc", own), over_runs("pcoc", own)
             if auc.low <= 0.5:
                 value = f"AUC {auc.value:.4f} [{auc.low:.4f}, {auc.high:.4f}]"
-                text = f"{value}: {label} orders candidates by {task}"
-                wrong = auc.high < 0.5
-                text += " worse than chance" if wrong else " no better than chance, as far as can be told"
+                wrong, order = auc.high < 0.5, f"the order that {label} gives candidates by {task}"
+                text = f"{value}: {order} {'is worse than' if wrong else 'cannot be told from'} chance"
                 yield Finding("alarm" if wrong else "notice", text, f"quality_whole{suffix}")
-            if not low <= pcoc.value <= high and pcoc.excludes(1):
+            if _off(pcoc):
                 text = (
                     f"the predictions of {task} by {label} add up to {pcoc.value:.2f} "
                     f"[{pcoc.low:.2f}, {pcoc.high:.2f}] times the labels"
                 )
                 yield Finding("alarm", text, f"quality_calibration{suffix}")
+            else:
+                yield from _slices_off(found, task, label, suffix)
+
+
+def _off(pcoc: Joint) -> bool:
+    """Whether predictions are out of scale for certain."""
+    low, high = _CALIBRATED
+    return not low <= pcoc.value <= high and pcoc.excludes(1)
+
+
+def _slices_off(found: Study, task: str, label: str, suffix: str) -> Iterator[Finding]:
+    """The slices of a model that is calibrated on the whole, and not in them; the farthest off first."""
+    off = []
+    for slicing in found.slicings:
+        for number, part in enumerate(slicing.parts):
+            own = found.found[label, task].get((slicing.name, number))
+            if own and _off(pcoc := over_runs("pcoc", own)):
+                off.append((abs(math.log(max(pcoc.value, 1e-9))), slicing, part, pcoc))
+    off.sort(key=lambda each: -each[0])
+    for _, slicing, part, pcoc in off[:_MOST_SLICES]:
+        of_task = f"_{found.tasks.index(task) + 1}" if len(found.tasks) > 1 else ""
+        text = (
+            f"{slicing.title}, {part}: the predictions of {task} by {label} add up to "
+            f"{pcoc.value:.2f} [{pcoc.low:.2f}, {pcoc.high:.2f}] times the labels"
+        )
+        yield Finding("notice", text, f"quality_by_{slicing.name}{of_task}{suffix}")
 
 
 def _sentences(found: Study, suffix: str) -> Iterator[Finding]:

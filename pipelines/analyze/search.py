@@ -84,7 +84,7 @@ def _feature_of(run: AnalysedRun) -> tuple[str, str]:
 def _measured(case: Case, runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> tuple[Measured, list[str]]:
     truth = _truth_of(case, runs[0], options)
     categories = frequent(truth)
-    found, skipped = Measured(truth, categories, {}, {}, {}), []
+    found, skipped = Measured(truth, categories, {}, {}, {}, {}), []
     for run in runs:
         seed = run.seed if options.seed is None else options.seed
         batches = [step.batch for step in run.reader(options.split, options.sample).steps()]
@@ -100,6 +100,7 @@ def _measured(case: Case, runs: Sequence[AnalysedRun], options: AnalyzeOptions) 
             seed=seed,
         )
         found.runs.setdefault(run.label, []).append(one)
+        found.seeds.setdefault(run.label, []).append(run.seed)
         if one.obstacle:
             skipped.append(
                 f"{run.name}: has no NDCG, since its model {one.obstacle}; what it keeps is measured."

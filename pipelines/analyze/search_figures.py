@@ -38,13 +38,15 @@ class Measured:
 
     Attributes:
         truth: the information; categories: those that are drawn.
-        runs: label -> its runs; clusters: label -> how well their vectors tell labels apart.
+        runs: label -> its runs; seeds: label -> theirs, in the same order.
+        clusters: label -> how well their vectors tell labels apart.
         beside: the references, by name.
     """
 
     truth: Truth
     categories: Ints
     runs: dict[str, list[SearchMeasures]]
+    seeds: dict[str, list[int]]
     clusters: dict[str, list[Discriminability]]
     beside: dict[str, Tally]
 
@@ -81,13 +83,16 @@ def _of(runs: Sequence[SearchMeasures], measure: Callable[[Tally], float]) -> fl
 def _quality(found: Measured, end: str) -> Table:
     rows: list[tuple[str | float | int | None, ...]] = []
     for label, runs in found.runs.items():
-        share = _mean([run.kept[TRUTH].share for run in runs if TRUTH in run.kept])
-        ranked = found.ranked.get(label, [])
-        rows.append((label, len(runs), runs[0].k, *_three(ranked, runs[0].k), _cells(found, ranked), share))
+        if len(runs) > 1:
+            rows += [
+                (label, str(seed), *_measures(found, [run]))
+                for seed, run in zip(found.seeds[label], runs, strict=True)
+            ]
+        rows.append((label, "mean" if len(runs) > 1 else str(found.seeds[label][0]), *_measures(found, runs)))
     k = next((run.k for runs in found.ranked.values() for run in runs), 0)
     for name, tally in found.beside.items():
         three = tally.mean("ndcg"), tally.mean("hits") / k, tally.mean("correlation")
-        rows.append((name, 0, k, *three, math.nan, math.nan))
+        rows.append((name, "", k, *three, math.nan, math.nan))
     return Table(
         f"search-quality{end}",
         "How well the informative behaviors are kept",
@@ -100,7 +105,7 @@ def _quality(found: Measured, end: str) -> Table:
         "Rows without seeds are searches that learn nothing.",
         (
             "search",
-            "seeds",
+            "seed",
             "K",
             "NDCG@K",
             "recall@K",
@@ -110,6 +115,13 @@ def _quality(found: Measured, end: str) -> Table:
         ),
         tuple(rows),
     )
+
+
+def _measures(found: Measured, runs: Sequence[SearchMeasures]) -> tuple[float, ...]:
+    """The columns of some runs: means."""
+    share = _mean([run.kept[TRUTH].share for run in runs if TRUTH in run.kept])
+    ranked = [run for run in runs if not run.obstacle and run.candidates]
+    return runs[0].k, *_three(ranked, runs[0].k), _cells(found, ranked), share
 
 
 def _three(runs: Sequence[SearchMeasures], k: int) -> tuple[float, float, float]:
@@ -140,6 +152,7 @@ def _by_category(case: Case, found: Measured, end: str) -> Figure:
         "most frequent first, means over seeds. A search that is good on the whole and bad on one "
         "category has not learned what matters there.",
         (Bars("NDCG@K", "NDCG@K", names, bars),),
+        references=tuple(found.beside),
     )
 
 
@@ -165,6 +178,7 @@ def _by_recency(found: Measured, end: str) -> Figure:
         "the window (1 = newest; places are pooled to 1, 2-3, 4-7 and so on). Bands are the range over "
         "seeds. A search that falls towards the right forgets what lies far back.",
         (Lines("Recall@K", "place of the behavior", "share kept", tuple(lines), log_x=True),),
+        references=tuple(found.beside),
     )
 
 
@@ -218,8 +232,8 @@ def _clusters(found: Measured, end: str) -> Figure:
     return Figure(
         f"search-discriminability{end}",
         "How well the pooled vector tells positives from negatives",
-        "The pooled vector h of each candidate (the weighted sum of its kept behaviors, and nothing else "
-        "of what the head is given) is put into one of so many clusters by k-means; drawn is the "
+        "The pooled vector h of each candidate (what the model makes of its kept behaviors, and nothing "
+        "else of what the head is given) is put into one of so many clusters by k-means; drawn is the "
         f"normalised mutual information of cluster and label, mean and range over {SEEDS} seeds of the "
         "clusters and the seeds of the runs. What clusters of the same vectors know about shuffled labels "
         "is chance.",
@@ -232,6 +246,7 @@ def _clusters(found: Measured, end: str) -> Figure:
                 log_x=True,
             ),
         ),
+        references=(chance.name,) if chance else (),
     )
 
 

@@ -36,6 +36,7 @@ from trainer.snapshot import Snapshot
 from trainer.snapshot.loading import RecordedRequests
 from trainer.snapshot.manifest import InputFeature, SnapshotIds, SnapshotManifest, VocabularyFile
 from trainer.snapshot.publishing import drafting, publish
+from trainer.snapshot.vector_entries import SnapshotVectors
 from trainer.snapshot.writing import Draft, Source, finish
 
 ARROW = "application/vnd.apache.arrow.stream"
@@ -56,6 +57,7 @@ class Described:
     inputs: dict[str, InputFeature]
     vocabulary_files: tuple[VocabularyFile, ...] = ()
     ids: dict[str, SnapshotIds] = field(default_factory=dict)
+    vectors: dict[str, SnapshotVectors] = field(default_factory=dict)
     step: int = 7
     score_bound: float = 1e-6
     mean_bound: float = 1e-6

@@ -383,7 +383,7 @@ def _columns(
     if rows is not None:
         added, known = similarity_features(config), {**manifest.features, **manifest.context}
         rows = {name: count for name, count in rows.items() if name not in added}
-        wanted += [name for name in keys_of(config) if name in known]
+        wanted += [name for name in keys_of(config) if name in known and known[name].encoder is None]
         rows = {**{name: known[name].bound for name in wanted}, **rows}
         # The log's order of features, whatever the config's: a batch's keys do not depend on it.
         rows = {name: rows[name] for name in [*manifest.features, *manifest.context, *rows] if name in rows}

@@ -96,7 +96,7 @@ class RequestBody(_Body):
     history: HistoryBody | None = None
     time: Int64 | None = None
     candidates: dict[str, Ids]
-    context: dict[str, Int64 | Text | Ints64 | Texts | Integer | Number | None] = Field(default_factory=dict)
+    context: dict[str, Int64 | Text | Ints64 | Texts | Value | Values] = Field(default_factory=dict)
     numeric: dict[str, Annotated[list[Number], Field(fail_fast=True)]] = Field(default_factory=dict)
 
 
@@ -221,7 +221,7 @@ class JsonForm(RequestForm):
 
     def codes(self, part: Part, name: str, encoder: Encoder) -> Ints:
         where, given = f"{self.place}.{part.path}.{name}", self._parts[part.name][name]
-        if part is self.needs.context and not isinstance(given, list):
+        if part is self.needs.context and not isinstance(given, list | tuple):
             given = [given]
         for at, value in enumerate(given):
             if isinstance(value, list):

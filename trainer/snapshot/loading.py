@@ -35,14 +35,14 @@ from trainer.snapshot.manifest import (
     LATEST,
     OWN,
     RECORDED,
-    UNCERTAINTY,
     VERSION_NAME,
     SearchPart,
     SnapshotManifest,
     search_stem,
 )
+from trainer.snapshot.posterior_file import read_posteriors
 from trainer.snapshot.rows import expect_like, read_tensors
-from trainer.snapshot.uncertainty import Judgement, Posterior, last_layer_obstacle, with_one
+from trainer.snapshot.uncertainty import Judgement, Posterior, with_one
 from trainer.snapshot.vector_entries import FOLDER
 from trainer.storage import is_remote
 
@@ -321,26 +321,9 @@ def _load(path: Path, known: Collection[Path]) -> Snapshot:
     _fitted_to_config(path, lambda: model.load_state_dict(dense, assign=True))
     id_maps = {name: chain.id_map(name) for name in manifest.ids}
     vectors = {name: chain.vectors(name) for name in manifest.vectors}
-    posteriors = _posteriors(path, manifest, model)
+    posteriors = read_posteriors(path, manifest, model)
     recorded = _recorded(path, manifest)
     return Snapshot(path, manifest, model.eval(), recorded, id_maps, vectors, posteriors)
-
-
-def _posteriors(path: Path, manifest: SnapshotManifest, model: TwoStageModel) -> dict[str, Posterior]:
-    if manifest.uncertainty is None:
-        return {}
-    if problem := last_layer_obstacle(manifest.config.model, manifest.config.tasks):
-        raise SnapshotError(path / MANIFEST, f"says how sure it is, but {problem}")
-    found, widths = (
-        read_tensors(path, UNCERTAINTY),
-        [each.map.in_features for each in model.head.last_layers()],
-    )
-    like = {
-        task: torch.empty(width + 1, width + 1, device="meta")
-        for task, width in zip(manifest.tasks, widths, strict=True)
-    }
-    expect_like(path, UNCERTAINTY, found, like)
-    return {task: Posterior(found[task].clone()) for task in manifest.tasks}
 
 
 def _group(name: str, manifest: SnapshotManifest, tasks: Sequence[Task]) -> TableGroup:

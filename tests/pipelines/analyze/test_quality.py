@@ -194,4 +194,22 @@ def test_predictions_out_of_scale_are_an_alarm(
     with opened(tmp_path / "run") as (run,):
         kept(run, replace(own, score=score.astype(np.float32)))
         section = analyse([run], OPTIONS)
-    assert [finding.level for finding in section.findings] == [level] * bool(level)
+    alarms = [finding.level for finding in section.findings if finding.level == "alarm"]
+    assert alarms == [level] * bool(level)
+
+
+def test_a_slice_that_is_out_of_scale_is_named(folders: list[Path], tmp_path: Path) -> None:
+    """Of a model that is calibrated on the whole."""
+    shutil.copytree(folders[0], tmp_path / "run")
+    own = read_scores(folders[0] / "scores-test.parquet")
+    few = own.history < 10
+    score = np.where(few, 0.4 * own.label[few].mean(), 1.0)[:, None]
+    score[~few] = (own.label.sum() - score[few].sum()) / (~few).sum()
+    with opened(tmp_path / "run") as (run,):
+        kept(run, replace(own, score=score.astype(np.float32)))
+        section = analyse([run], OPTIONS)
+    found = [finding for finding in section.findings if "behaviors that the request saw" in finding.text]
+    assert {finding.level for finding in found} == {"notice"}
+    assert (
+        found[0].text.startswith("behaviors that the request saw, ") and "times the labels" in found[0].text
+    )

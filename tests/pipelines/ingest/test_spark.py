@@ -14,6 +14,7 @@ import pytest
 from embeddings.errors import DataError
 from pipelines.ingest import encode as ingest_encoding
 from pipelines.ingest.ingest import ingest
+from tests.helpers.numbers import check_codes
 from tests.helpers.opening import GOOD, Door, csv_events, parquet, text
 from tests.helpers.rawlogs import (
     PARTIAL,
@@ -123,6 +124,11 @@ def test_both_engines_write_the_same_rows(
         assert {split: info.labels for split, info in other.splits.items()} == labels
         assert (other.partial, other.label_weights) == (["buy"], ["click", "buy"])
         assert duckdb.report["exposure"]["histogram"]["1"]
+
+
+def test_numbers_have_the_same_codes(tmp_path: Path, spark: Any) -> None:
+    del spark
+    check_codes("spark", tmp_path)
 
 
 def test_both_engines_continue_a_vocabulary_alike(tmp_path: Path, spark: Any) -> None:

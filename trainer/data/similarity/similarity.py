@@ -114,8 +114,9 @@ class Similarity:
         left, right = self.vectors.taken(place[given]), self.others.taken(behavior[held])
         for first, last in _stretches(start, end, bounds):
             low, high = int(start[first:last].min()), int(end[first:last].max())
-            for begin in range(int(bounds[first]), int(bounds[last]), max(1, _MOST_PAIRS // (high - low))):
-                stop = min(begin + max(1, _MOST_PAIRS // (high - low)), int(bounds[last]))
+            most = max(1, _MOST_PAIRS // (high - low))
+            for begin in range(int(bounds[first]), int(bounds[last]), most):
+                stop = min(begin + most, int(bounds[last]))
                 cosine = cosines(left[begin:stop], right[low:high])
                 for request in range(first, last):
                     some = slice(max(begin, int(bounds[request])), min(stop, int(bounds[request + 1])))
@@ -127,7 +128,7 @@ class Similarity:
 def _stretches(start: Ints, end: Ints, bounds: Ints) -> Iterator[tuple[int, int]]:
     """Consecutive requests [first, last) whose candidates and windows, taken together, are few enough.
 
-    Requests whose windows are empty, or without candidates, are left out at either end.
+    None begins with a request that has no candidate or an empty window.
     """
     first, requests = 0, start.size
     while first < requests:
