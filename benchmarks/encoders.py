@@ -1,17 +1,21 @@
 """Encoders of numbers on a planted log whose labels depend on the order of prices and on their last digit
 
-    tandemrec bench encoders --seeds 1,2,3,4,5 --out runs/encoders --jobs 2 [--page FILE.md]
+    tandemrec bench encoders --seeds 1,2,3 --out runs/encoders [--page FILE.md]
 
-Each way of giving the price to DARE is trained and evaluated over several seeds: not at all, as a raw number
-of candidates, as intervals, and as digits in three bases (MNSE). Intervals have as many weights as digits, in
-a table that is as wide as the three of the digits together. Then a step of each is timed beside one without
-the price, on batches of the log that are held in memory; all ways in turn.
+Each way of giving the price to DARE is trained and evaluated over several seeds, one after the other in this
+process: not at all, as a raw number of candidates, as intervals, and as digits in three bases (MNSE).
+Intervals have as many weights as digits, in a table that is as wide as the three of the digits together. Then
+a step of each is timed beside one without the price, on batches of the log that are held in memory; all ways
+in turn.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +23,14 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from benchmarks.harness.loops import trainer_loop
-from benchmarks.harness.options import Options, own_command
+from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import Seconds, one_thread, rounds, spread
-from benchmarks.models import Job, Record, add_options, make_job, mean, run_jobs, run_one, seeds_of
+from benchmarks.models import METRICS, mean, seeds_of
 from benchmarks.planted.__main__ import planted_log
+from pipelines.evaluate import evaluate
 from pipelines.synth.digits import BEHAVIORS
+from pipelines.train import train
 from trainer.assemble import build_sharded, id_bounds, resolve_groups
 from trainer.data.reader import SequenceLogReader, Step
 from trainer.log.schema import read_manifest
@@ -71,19 +77,29 @@ def overrides_of(way: Way) -> list[str]:
     return keys
 
 
-def quality_rows(jobs: Sequence[tuple[str, Job]], records: Sequence[Record], oracle: Any) -> list[list[str]]:
+def run_way(name: str, settings: Sequence[str], seed: int, out: Path) -> Row:
+    """Train and evaluate one model; what its test split says."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-{seed}-", dir=out))
+    with redirect_stdout(io.StringIO()):
+        train(PRESET, folder, [*settings, f"train.seed={seed}"])
+        evaluate(folder, "test")
+    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["test"]
+    print(f"{name}, seed {seed}: test AUC {found['auc']:.4f}", flush=True)
+    return {"way": name, "seed": seed, **{metric: found[metric] for metric in METRICS}}
+
+
+def quality_rows(configs: dict[str, Config], records: Sequence[Row], oracle: Any) -> list[list[str]]:
     """Oracle and ways, with mean and deviation over seeds."""
-    rows = [["oracle", "", "", *(f"{oracle['test'][name]:.4f}" for name in ("auc", "gauc", "logloss"))]]
-    for name in dict.fromkeys(name for name, _ in jobs):
-        same = [record for (each, _), record in zip(jobs, records, strict=True) if each == name]
-        cells = [mean([record["test"][metric] for record in same]) for metric in ("auc", "gauc", "logloss")]
-        rows.append([name, f"{weights_of(same[0]):,}", str(len(same)), *cells])
+    rows = [["oracle", "", "", *(f"{oracle['test'][name]:.4f}" for name in METRICS)]]
+    for name, config in configs.items():
+        same = [record for record in records if record["way"] == name]
+        cells = [mean([record[metric] for record in same]) for metric in METRICS]
+        rows.append([name, f"{weights_of(config):,}", str(len(same)), *cells])
     return rows
 
 
-def weights_of(record: Record) -> int:
-    """Weights of all tables of a run."""
-    config = load_config(PRESET, record["overrides"])
+def weights_of(config: Config) -> int:
+    """Weights of all tables of a model."""
     groups = resolve_groups(config, read_manifest(config.data.log))
     return sum(table.rows * table.dim for group in groups.values() for table in group.tables)
 
@@ -151,24 +167,23 @@ def load_named(config: Config) -> set[str]:
 @one_thread()
 def main(words: Sequence[str]) -> None:
     options = Options("encoders", __doc__).measuring(repeats=5)
-    add_options(options)
+    options.overriding()
+    options.add_argument("--seeds", default="1,2,3", help="comma-separated")
+    options.add_argument("--out", type=Path, required=True)
     options.add_argument("--log-seed", type=int, default=7)
     options.add_argument("--users", type=int, default=0, help="of the planted log; 0 = its own number")
     given = options.read(words)
-    if given.one:
-        run_one(given)
-        return
     report = Report(given, "Encoders of numbers", seed=given.log_seed)
-    jobs = []
+    given.out.mkdir(parents=True, exist_ok=True)
+    settings, configs = dict[str, list[str]](), dict[str, Config]()
     for name, way in WAYS.items():
         log = planted_log(given.out, way.kind, given.log_seed, given.users)
-        settings = [*overrides_of(way), *given.overrides]
-        jobs += [(name, make_job(PRESET, log, settings, seed)) for seed in seeds_of(given)]
-    records = run_jobs([job for _, job in jobs], given, own_command("encoders"))
-    oracle = read_manifest(planted_log(given.out, "digits", given.log_seed, given.users)).report["oracle"]
+        settings[name] = [*overrides_of(way), f"data.log={log}", *given.overrides]
+        configs[name] = load_config(PRESET, settings[name])
+    for seed in seeds_of(given):
+        report.rows += [run_way(name, keys, seed, given.out) for name, keys in settings.items()]
+    oracle = read_manifest(configs["mnse"].data.log).report["oracle"]
     head = ["price", "weights in tables", "seeds", "test AUC", "GAUC", "logloss"]
-    report.cells(head, quality_rows(jobs, records, oracle))
-    report.rows += [{"way": name, **record} for (name, _), record in zip(jobs, records, strict=True)]
-    configs = {name: load_config(PRESET, job.overrides) for name, job in reversed(jobs)}
-    report.rows += cost_rows({name: configs[name] for name in WAYS}, given.repeats, report)
+    report.cells(head, quality_rows(configs, report.rows, oracle))
+    report.rows += cost_rows(configs, given.repeats, report)
     report.close()

@@ -56,16 +56,13 @@ def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[
     """The model of one task beside its baselines, and by how much it leads the best of them."""
     k = shown_rank(metrics)
     names = ["gauc", "gauc_user", f"hr_{k}", *([f"ndcg_{k}"] if k > 1 else []), *_PROBABLE]
-    weighted = metrics.pcoc_weighted is not None
-    names += ["pcoc_weighted"] if weighted else []
     head = [task, "AUC", "GAUC", "user GAUC", f"HR@{k}", *([f"NDCG@{k}"] if k > 1 else [])]
     entries = {_MODEL: metrics.as_dict(), **{title(name, feature): row for name, row in table.items()}}
     rows = []
     for name, row in entries.items():
         others = (number(row[each]) if each in row else "-" for each in names)
         rows.append([name, _with_interval(row["auc"], row["auc_ci"]), *others])
-    titles = ["logloss", "NE", "PCOC", "ECE", *(["weighted PCOC"] if weighted else [])]
-    lines = table_lines([*head, *titles], rows)
+    lines = table_lines([*head, "logloss", "NE", "PCOC", "ECE"], rows)
     share = f"{metrics.positives:,} positive ({metrics.positives / max(metrics.samples, 1):.1%})"
     lines.append(
         f"{share} of {metrics.samples:,} labelled; GAUC, HR and NDCG over the {metrics.groups:,} requests "
@@ -75,6 +72,9 @@ def task_table(task: str, metrics: Metrics, table: Table, feature: str) -> list[
         shown = (("GAUC", "gauc"), ("logloss", "logloss"), ("PCOC", "pcoc"))
         words = (f"{name} {_interval(metrics, metric)}" for name, metric in shown)
         lines.append(f"trained model, 95 % intervals over users: {', '.join(words)}")
+    if metrics.pcoc_weighted is not None:
+        # No baseline has it: a column of its own would be empty but for one number.
+        lines.append(f"weighted PCOC of the trained model: {number(metrics.pcoc_weighted)}")
     if best := _lead(metrics, table, feature):
         lines.append("AUC of the trained model less that of {}: {}".format(*best))
     return lines

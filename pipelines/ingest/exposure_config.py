@@ -28,7 +28,7 @@ class ExposureConfig(Settings):
     rule: Literal["hyperbolic", "table"] = "hyperbolic"
     """`hyperbolic`: the weight is 1 / (1 + `rate` n); `table`: it is number n of `weights`, from 0 on."""
     rate: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 1.0
-    """a of the rule `hyperbolic`."""
+    """How fast the weight of the rule `hyperbolic` falls: a in 1 / (1 + a n)."""
     weights: tuple[Weight, ...] = ()
     """The weights of the rule `table`, by n; the last one is for all larger n, too."""
 

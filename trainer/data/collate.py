@@ -285,12 +285,11 @@ class _Side(NamedTuple):
         placed = list(zip(self.features, self.chosen, strict=True))
         ids = np.concatenate([part.ids[:, at] for part, at in placed], axis=1)
         found |= {name: _Bags([row], 1) for name, row in zip(first.single, ids, strict=True) if name in found}
-        for name in first.multi:
+        for name in first.multi.keys() & found.keys():
             bags = [part.multi[name].select(at) for part, at in placed]
             alone = all(part.multi[name].offsets is None for part in self.features)
             lengths = 1 if alone else np.concatenate([sizes for _, sizes in bags])
-            if name in found:
-                found[name] = _Bags([values for values, _ in bags], lengths)
+            found[name] = _Bags([values for values, _ in bags], lengths)
         return found
 
 

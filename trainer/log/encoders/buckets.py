@@ -39,7 +39,7 @@ class Buckets(Encoder):
 
     def meanings(self, name: str) -> dict[str, str]:
         edges = " ".join(str(self.quantise(edge)) for edge in self.edges or ())
-        return {name: f"buckets from {edges}, steps of {self.step}"}
+        return {name: f"buckets from {edges}, {self.unit}"}
 
     def encode(self, codes: Ints) -> dict[str, Bags]:
         # What is beyond 64 bits has the greatest or the least integer, and so the last or the first bucket.

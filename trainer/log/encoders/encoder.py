@@ -14,7 +14,11 @@ from trainer.log.encoders.code import LARGEST, integer_of
 
 
 def _finite(value: float) -> float:
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        raise ValueError("is larger than all 64-bit floats") from None
+    if not finite:
         raise ValueError(f"{value} is no finite number")
     return value
 
@@ -42,6 +46,11 @@ class Encoder(Settings):
         """The least and the greatest quantised integer; numbers outside are overflow."""
         return -LARGEST, LARGEST
 
+    @property
+    def unit(self) -> str:
+        """The step in words, the same for 1 and 1.0."""
+        return f"steps of {int(self.step) if self.step == int(self.step) else self.step}"
+
     @abstractmethod
     def parts(self, name: str) -> dict[str, int]:
         """The name of each feature that a table has for the field `name` -> the rows of the table."""
@@ -68,7 +77,10 @@ class Encoder(Settings):
         Raises:
             ValueError: there are more steps to it than fit 64 bits.
         """
-        whole = integer_of(value, self.step)
+        try:
+            whole = integer_of(value, self.step)
+        except OverflowError:
+            whole = 2**63
         if abs(whole) > LARGEST:
-            raise ValueError(f"{value} is {whole} steps of {self.step}; they must lie within +-(2^63 - 2)")
+            raise ValueError(f"{value} is beyond +-(2^63 - 2) steps of {self.step}; take a larger step")
         return whole

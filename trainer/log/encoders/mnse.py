@@ -7,6 +7,8 @@ bases have their borders elsewhere. Missing, overflow and sign ids are ours.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Annotated, Final, Literal, Self
 
 import numpy as np
@@ -20,6 +22,7 @@ from trainer.log.encoders.encoder import Encoder, Number
 # Ids of each base before those of its digits.
 _MISSING, _OVERFLOW, _NEGATIVE, _DIGITS = range(4)
 _MOST_BASE: Final = 1 << 16
+_TABLE: Final = 1 << 12  # numbers whose digits are kept for a look-up
 _LONG: Final = 1 << 32  # half of the time is enough for a division of shorter numbers
 
 
@@ -80,8 +83,8 @@ class Mnse(Encoder):
         if self.combine == "sum":
             # Ids of a base follow those of the others, so that each depends on all numbers of places.
             places = ", ".join(f"{self.places(base)} of base {base}" for base in self.bases)
-            return {part: f"digits, {places}, steps of {self.step}" for part in self.parts(name)}
-        meanings = [f"digits of base {base}, steps of {self.step}" for base in self.bases]
+            return {part: f"digits, {places}, {self.unit}" for part in self.parts(name)}
+        meanings = [f"digits of base {base}, {self.unit}" for base in self.bases]
         return dict(zip(self.parts(name), meanings, strict=True))
 
     def encode(self, codes: Ints) -> dict[str, Bags]:
@@ -119,17 +122,18 @@ class _Columns:
     ) -> None:
         self.plain = not (alone.any() or negative.any())
         if self.plain:
-            self.ids = digits + first
+            self.ids = digits + np.int32(first) if first else digits
             return
         # The first column is the sign, or what stands alone.
         head = np.where(alone, one, _NEGATIVE)[:, None]
-        self.ids = np.concatenate([head, digits], axis=1) + first
+        self.ids = np.concatenate([head, digits], axis=1, dtype=np.int32) + np.int32(first)
         self.used = np.broadcast_to(~alone[:, None], self.ids.shape).copy()
         self.used[:, 0] = alone | negative
 
 
 def _bags(parts: list[_Columns]) -> Bags:
-    ids = np.concatenate([part.ids for part in parts], axis=1, dtype=np.int32)
+    # Of one base there is nothing to copy.
+    ids = parts[0].ids if len(parts) == 1 else np.concatenate([part.ids for part in parts], axis=1)
     if all(part.plain for part in parts):
         return Bags(ids.ravel(), np.arange(ids.shape[0] + 1, dtype=np.int64) * ids.shape[1])
     used = np.concatenate([part.used for part in parts], axis=1)
@@ -138,10 +142,22 @@ def _bags(parts: list[_Columns]) -> Bags:
 
 def _digits(numbers: npt.NDArray[np.uint32 | np.uint64], base: int, places: int) -> npt.NDArray[np.int32]:
     """The ids of all digits: [n, places], the first digit first."""
-    ids, rest, radix = np.empty((numbers.size, places), np.int32), numbers, numbers.dtype.type(base)
-    for place in range(places):
+    ids, rest, done = np.empty((numbers.size, places), np.int32), numbers, 0
+    some = max(1, int(math.log(_TABLE, base)))
+    while done < places:
+        # Some digits at a time: their ids are looked up, which is faster than a division for each.
+        count = min(some, places - done)
+        radix = numbers.dtype.type(base**count)
         above = rest // radix
-        ids[:, places - 1 - place] = rest - above * radix
-        rest = above
-    ids += (_DIGITS + base * np.arange(places - 1, -1, -1)).astype(np.int32)
+        found = _digit_table(base, count)[(rest - above * radix).astype(np.intp)]
+        ids[:, places - done - count : places - done] = found + np.int32(done * base)
+        rest, done = above, done + count
     return ids
+
+
+@lru_cache(64)
+def _digit_table(base: int, places: int) -> npt.NDArray[np.int32]:
+    """The ids of the digits of all numbers of so many places: [base ** places, places]."""
+    place = np.arange(places - 1, -1, -1)
+    digits = np.arange(base**places)[:, None] // base**place % base
+    return (_DIGITS + base * place + digits).astype(np.int32)

@@ -130,7 +130,9 @@ def test_no_numbers_at_all() -> None:
     ("settings", "problem"),
     [
         ({"range": (5, 4)}, "must not be the greater one"),
-        ({"range": (0, 2**63 - 1)}, r"must lie within \+-\(2\^63 - 2\)"),
+        ({"range": (0, 2**63 - 1)}, r"beyond \+-\(2\^63 - 2\) steps of 1;"),
+        ({"range": (0, 9), "step": 1e-320}, r"9 is beyond \+-\(2\^63 - 2\) steps of 1e-320"),
+        ({"range": (0, 10**400)}, "larger than all 64-bit floats"),
         ({"range": (0, float("inf"))}, "no finite number"),
         ({"range": (0, 9), "bases": (2, 2)}, "names one base twice"),
         ({"range": (0, 9), "bases": (1,)}, "greater than or equal to 2"),
@@ -150,3 +152,10 @@ def test_settings_survive_a_manifest() -> None:
         kinds.validate_python({"kind": "buckets", "edges": [2**53 + 1, 2**53 + 2]}),
     ):
         assert kinds.validate_json(given_.model_dump_json()) == given_
+
+
+def test_a_step_of_one_means_one_thing() -> None:
+    for combine in ("concat", "sum"):
+        whole, real = (encoder_of(0, 9, step=step, combine=combine) for step in (1, 1.0))
+        assert whole.meanings("price") == real.meanings("price")
+        assert real.meanings("price") != encoder_of(0, 9, step=1.5, combine=combine).meanings("price")
