@@ -1,6 +1,6 @@
 """Run on every rank: steps whose gradients are watched, with tables in several places; findings go to a file.
 
-torchrun --nproc-per-node N -m tests.programs.watched_gradients LOG OUT.json
+torchrun --nproc-per-node N -m tests.programs.watched_gradients LOG OUT.json CASE...
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from trainer.ranks.process_group import process_group
 
 STEPS = 4
 WATCHED = "train.watch_gradients=2"
-# The first on one rank, too, where it holds its tables whole.
+# Name -> preset, pipeline, settings; `twin` is the plain form of those behind it.
 CASES = {
     "twin": ("twin_paper_dare", "none", []),
     "row-wise": ("twin_paper_dare", "none", ['groups.shared.sharding=["row_wise"]']),
     "column-wise": (
-        "twin_paper_dare", "none",
-        ['groups.shared.sharding=["column_wise"]', "groups.shared.optimizer=adagrad"],
+        "twin_paper_dare", "sparse_dist",
+        ['groups.shared.sharding=["column_wise"]', "groups.shared.optimizer=adagrad", "model.lookup=full"],
     ),
-    "on every rank": ("twin_paper_dare", "none", ['groups.shared.sharding=["data_parallel"]']),
-    "ahead": ("twin_paper_dare", "sparse_dist", ["model.lookup=full"]),
     "by task": ("mmoe", "none", [PER_TASK]),
 }  # fmt: skip
 
 
 def main() -> None:
     log, out, found = Path(sys.argv[1]), Path(sys.argv[2]), dict[str, Any]()
+    names = sys.argv[3:]
     quiet_third_parties()
     with process_group(60) as ranks:
-        for name, (preset, way, words) in CASES.items():
+        for name in names:
+            preset, way, words = CASES[name]
             made = training(small_config(preset, log, WATCHED, *words), ranks, out.parent, way)
             assert len(list(made.steps(STEPS))) == STEPS
             found[name] = made.step.report()["gradients"]

@@ -96,9 +96,10 @@ class GradientWatch:
             row[: len(some)] = torch.from_numpy(some)
         device = batch.labels.device
         if self._world_size > 1:
-            everywhere = drawn.to(device).new_empty(self._world_size, *drawn.shape)
-            dist.all_gather_into_tensor(everywhere, drawn.to(device))
-            drawn = everywhere.transpose(0, 1).flatten(1).cpu()
+            mine = drawn.to(device)
+            everywhere = mine.new_empty(self._world_size * mine.shape[0], mine.shape[1])
+            dist.all_gather_into_tensor(everywhere, mine)
+            drawn = everywhere.view(self._world_size, *mine.shape).transpose(0, 1).flatten(1).cpu()
         return {
             key: torch.from_numpy(np.sort(smallest(row[row >= 0].numpy(), salt))).to(device)
             for key, row in zip(self._keys, drawn, strict=True)

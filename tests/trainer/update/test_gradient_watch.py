@@ -38,8 +38,6 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "words"),
     [
         ("twin_paper_dare", []),
-        ("twin_paper_dare", ["model.lookup=full"]),
-        ("twin_4e", []),
         ("twin", ["model.lookup=full"]),
         ("stem_twin", ["model.lookup=full"]),
         ("adatask", [PER_TASK]),
@@ -188,17 +186,20 @@ def test_the_sample_is_the_same_however_it_is_found() -> None:
 
 def test_two_ranks_equal_one_and_shards_equal_whole_tables(log: Path, tmp_path: Path) -> None:
     found = {}
-    for ranks in (1, 2):
+    cases = {1: ("twin", "by task"), 2: ("row-wise", "column-wise", "by task")}
+    assert {case for some in cases.values() for case in some} == set(CASES)
+    for ranks, names in cases.items():
         out = tmp_path / f"{ranks}.json"
-        done = launched("tests.programs.watched_gradients", str(log), str(out), ranks=ranks, timeout=200)
+        program = "tests.programs.watched_gradients"
+        done = launched(program, str(log), str(out), *names, ranks=ranks, timeout=200)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         found[ranks] = json.loads(out.read_text())
-    for name in CASES:
-        _same(found[1][name], found[2][name])
-    for name in ("row-wise", "column-wise", "on every rank", "ahead"):
-        _same(found[1]["twin"], found[2][name])
-    assert found[1]["twin"]["steps"] == 2 and set(found[1]["twin"]["norm"]["shared__item_id"]) == set(ROLES)
-    assert set(found[1]["twin"]["cosine"]) == {"groups.shared", "shared__item_id", "shared__category_id"}
+    whole = found[1]["twin"]
+    _same(found[1]["by task"], found[2]["by task"])
+    for name in ("row-wise", "column-wise"):
+        _same(whole, found[2][name])
+    assert whole["steps"] == 2 and set(whole["norm"]["shared__item_id"]) == set(ROLES)
+    assert set(whole["cosine"]) == {"groups.shared", "shared__item_id", "shared__category_id"}
     # Two groups: nothing is shared.
     assert found[1]["by task"]["cosine"] == {}
 
