@@ -56,9 +56,12 @@ def export(
     """Write a serving snapshot, checked against the run."""
     with quick_imports():
         from pipelines.export import export as run
+
+    sure = None
+    if uncertainty:
         from pipelines.export_uncertainty import UncertaintyOptions
 
-    sure = UncertaintyOptions(uncertainty_candidates, prior_precision) if uncertainty else None
+        sure = UncertaintyOptions(uncertainty_candidates, prior_precision)
     rest = (parity_requests, aoti, vocabularies, checkpoint, device, search, weights, sure)
     run(run_folder, out, dtype, attention_dtype, since, keep, *rest)
 

@@ -34,13 +34,22 @@ def encoders_of(config: IngestConfig) -> dict[str, AnyEncoder]:
     return {name: entry.encoder for name, entry in columns.items() if entry.encoder is not None}
 
 
-def odd_numbers(value: ir.Value, family: str) -> Mapping[str, ir.Value]:
-    """The cells that are no numbers, as `pipelines.ingest.values.look_at` gives them."""
-    if family not in _SPELLED:
-        return {}
-    word = value.strip()
-    number = word.re_search(NUMBER) | word.lower().isin(["true", "false", *NO_NUMBER])
-    return {"bad": ibis.ifelse(value.notnull() & ~number, value, ibis.null("string"))}
+def odd_numbers(value: ir.Value, family: str, encoder: Encoder) -> Mapping[str, ir.Value]:
+    """The cells that are no numbers, as `pipelines.ingest.values.look_at` gives them.
+
+    With the step 1, which nobody needs to have chosen, also those that lose a part of 1: `cut`.
+    """
+    facts: dict[str, ir.Value] = {}
+    real = value
+    if family in _SPELLED:
+        word = value.strip()
+        number = word.re_search(NUMBER) | word.lower().isin(["true", "false", *NO_NUMBER])
+        facts["bad"] = ibis.ifelse(value.notnull() & ~number, value, ibis.null("string"))
+        real = ibis.ifelse(word.re_search(_INTEGER), ibis.null("float64"), word.try_cast("float64"))
+    if encoder.step == 1 and family in (*_SPELLED, "float", "decimal"):
+        real = real.cast("float64")
+        facts["cut"] = ((real.abs() < WHOLE_FROM) & (real != whole_part(real))).fill_null(False)
+    return facts
 
 
 def codes(value: ir.Value, family: str, encoder: Encoder) -> ir.IntegerValue:
@@ -168,9 +177,12 @@ def quantile_edges(engine: Engine, table: ir.Table, name: str, count: int, cutof
     The edge after a share of k / count of the numbers is the first number that has as many before it.
 
     Args:
-        table: with codes; cutoff: Unix second before which rows count; None: all do.
+        table: with codes.
+        cutoff: Unix second before which rows count, and those without a time; None: all do.
     """
-    rows = table if cutoff is None else table.filter(table.timestamp < cutoff)
+    # What a table of users or items says has no time.
+    early = table.timestamp.isnull() | (table.timestamp < cutoff) if cutoff is not None else None
+    rows = table if early is None else table.filter(early)
     values = rows.select(value=numbers_in(rows[name]))
     values = values.filter(values["value"].notnull())
     total = int(engine.rows(values.aggregate(total=values.count()))[0]["total"])
@@ -184,12 +196,18 @@ def quantile_edges(engine: Engine, table: ir.Table, name: str, count: int, cutof
     return sorted(int(row["edge"]) for row in engine.rows(edges) if row["bucket"])
 
 
+def _plain(value: float | None) -> str:
+    """Without the last bits that multiples of a step have."""
+    return f"{value:,.15g}" if isinstance(value, float) else f"{value or 0:,}"
+
+
 def number_lines(report: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A line a column, for people."""
     lines = []
     for column, found in report.items():
         name, rows = column.replace("context_", "context "), found["rows"]
-        span = "no value" if found["least"] is None else f"{found['least']:,} to {found['greatest']:,}"
+        least, greatest = (_plain(found[end]) for end in ("least", "greatest"))
+        span = "no value" if found["least"] is None else f"{least} to {greatest}"
         lost = f"{found['missing']:,} of {rows:,} missing, {found['overflow']:,} beyond the range"
         lines.append(f"{name}: numbers, {span}; {lost}")
         if found["missing"] == rows:

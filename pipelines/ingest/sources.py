@@ -271,7 +271,7 @@ def _looks(part: _Part, columns: Sequence[Column], lenient: bool) -> dict[str, i
         cells = (
             look_at(cell, family, need.kind, column.target, need.unit)
             if need.encoder is None
-            else odd_numbers(cell, family)
+            else odd_numbers(cell, family, need.encoder)
         )
         asked |= {f"{fact}{place}": value for fact, value in cells.items()}
     return asked
@@ -287,6 +287,8 @@ def _column_info(table: str, column: Column, target: Target, fact: Mapping[str, 
         )
     if column.need.kind == "quantity":
         read_as = "numbers"
+        if fact.get("cut"):
+            note = f"{fact['cut']:,} are rounded to whole numbers; give the encoder a step to keep more"
     if column.need.kind == "time":
         read_as = "unix seconds"
         note = f"{fact['cut']:,} times lost a part of a second" if fact.get("cut") else ""
@@ -342,6 +344,10 @@ def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Colum
     survey.rows[what] = int(row["rows"])
     for place, column in enumerate(columns):
         least, most = (row.get(f"c{place}_{end}") for end in ("least", "most"))
+        encoder = column.need.encoder
+        if encoder is not None and encoder.step != 1:
+            # What was measured are steps, and people know the column's unit.
+            least, most = (None if end is None else end * encoder.step for end in (least, most))
         survey.ranges[what, column.need.key] = (int(row[f"c{place}_nulls"] or 0), least, most)
 
 

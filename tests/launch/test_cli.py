@@ -101,9 +101,9 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
         "evaluate": (Path("r"), "test", "", "cpu", 0, "raw"),
         "export": (
             *(Path("r"), Path("snap"), "fp32", "fp16", "", 0),
-            *(1000, False, None, "", None, "none", "raw"),
+            *(1000, False, None, "", None, "none", "raw", None),
         ),
-        "score": (Path("snap"), Path("log"), "validation", 7, Path("s.parquet"), None, None),
+        "score": (Path("snap"), Path("log"), "validation", 7, Path("s.parquet"), None, None, False),
     }
     assert capsys.readouterr().out.splitlines() == ["events: d/events.parquet", "report of manifest"]
 

@@ -206,7 +206,8 @@ def scored_of(columns: Mapping[str, npt.NDArray[Any]]) -> Scored:
         KeyError: a column is missing.
     """
     tasks = tasks_of(columns)
-    kinds = ["score", "label", *(["weight"] if any(name.startswith("weight_") for name in columns) else [])]
+    weighted = all(f"weight_{task}" in columns for task in tasks)
+    kinds = ["score", "label", *(["weight"] if weighted else [])]
     score, label, *weight = (
         np.stack([columns[f"{kind}_{task}"] for task in tasks], axis=1) for kind in kinds
     )

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from embeddings.errors import DataError
 from pipelines.ingest.engine import connect
 from pipelines.ingest.files import look
-from pipelines.ingest.ingest import ingest
+from pipelines.ingest.ingest import ingest, report_lines
 from pipelines.ingest.numbers import quantile_edges
 from pipelines.ingest.sections import EngineConfig
 from tests.helpers.numbers import check_codes
@@ -116,3 +116,21 @@ def test_a_later_log_keeps_the_edges_of_the_older_one(tmp_path: Path) -> None:
     other = plan(features=[{"name": "age", "encoder": MNSE, "side": "history"}], **going_on)
     with pytest.raises(DataError, match="encodes the feature 'age' otherwise than this config"):
         ingest(later, tmp_path / "other", other)
+
+
+def test_edges_of_users_are_those_of_all_of_them(tmp_path: Path) -> None:
+    """Their table has no times, which could be before the validation."""
+    given = write_ages(tmp_path / "events.csv", ["0.5", "1", *["2"] * 10])
+    ages = pa.table({"user_id": [0, 1, 2], "years": [20.0, 30.25, None]})
+    pq.write_table(ages, tmp_path / "users.parquet")
+    encoder = {"kind": "buckets", "count": 2, "step": 0.01}
+    changes: dict[str, Any] = {
+        "context": [{"name": "years", "table": "users", "encoder": encoder}],
+        "user_table": {"files": [str(tmp_path / "users.parquet")]},
+    }
+    manifest = ingest(given, tmp_path / "log", plan(**changes))
+    assert manifest.context["years"].encoder == Buckets(kind="buckets", edges=(30.25,), step=0.01)
+    told = report_lines(manifest)
+    assert "context years: numbers, 20 to 30.25; 1 of 3 missing, 0 beyond the range" in told
+    rounded = "age is read as numbers: 1 are rounded to whole numbers; give the encoder a step to keep more"
+    assert any(rounded in line for line in told), told
