@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -108,8 +109,11 @@ def _collapsed(trained: Sequence[_Measured]) -> Iterator[Finding]:
                 f"{each.table.name} of {each.run.name} has collapsed: {found.trained.rows:,} trained rows "
                 f"of {found.trained.dim} dimensions have an information abundance of "
                 f"{found.trained.abundance:.1f}, a random table of this shape {found.random.abundance:.1f}; "
-                f"one direction holds {found.trained.largest_share:.0%} of all."
             )
+            share = found.trained.largest_share
+            # A table of zeros has no direction.
+            zero = math.isnan(share)
+            text += "all of them are zero." if zero else f"one direction holds {share:.0%} of all."
             yield Finding("alarm", text, "collapse-abundance")
 
 
@@ -120,7 +124,12 @@ def _beyond_one(value: float, of: float) -> float:
 
 def _skipped(measured: Sequence[_Measured]) -> Iterator[str]:
     for each in measured:
-        if not each.found.trained.rows:
+        if each.found.broken and not each.found.whole.rows:
+            yield (
+                f"{each.table.name} of {each.run.name} is not drawn: all of its rows hold NaN or infinity. "
+                "An earlier checkpoint may be whole."
+            )
+        elif not each.found.trained.rows:
             yield (
                 f"{each.table.name} of {each.run.name} is not drawn: none of its rows ever had a gradient. "
                 "It would be measured once a part of the model that is trained reads it."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from embeddings.errors import CheckpointError
 from pipelines.analyze.options import AnalyzeOptions
 from pipelines.analyze.report.model import Bars, Figure, Finding, HeatMap, Points, Section, Table
 from pipelines.analyze.runs import AnalysedRun
@@ -67,7 +69,11 @@ def analyse(runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> Section:
     skipped = []
     for number, (label, run) in enumerate(firsts.items(), 1):
         end = "" if len(firsts) == 1 else f"-{number}"
-        found = _measured(run, options)
+        try:
+            found = _measured(run, options)
+        except CheckpointError as error:
+            skipped.append(f"{label}: {error}")
+            continue
         if found is None or not found.spaces:
             skipped.append(
                 f"{label}: it has no space with vectors of one width for users and items, or no candidates."
@@ -237,19 +243,7 @@ def _neighbourhood(label: str, found: _Found, end: str) -> Figure | None:
 
 
 def _findings(label: str, found: _Found, end: str) -> Iterator[Finding]:
-    groups = pair_groups(found.labels)
-    if len(groups) == 4 and len(found.spaces) > 1:
-        names = [name for name in groups if name.endswith(" alone")]
-        apart: dict[str, float] = {}
-        for name, space in found.spaces.items():
-            one, other = (mean_with_interval(space.cosines()[groups[each]])[0] for each in names)
-            apart[name] = one - other
-        low, high = (choose(apart, key=lambda name: apart[name]) for choose in (min, max))
-        text = (
-            f"{label}: pairs of “{names[0]}” are nearer than those of “{names[1]}” by {apart[high]:+.3f} in "
-            f"{high} and by {apart[low]:+.3f} in {low}"
-        )
-        yield Finding("notice", text, f"entanglement-distances{end}")
+    yield from _apart(label, found, end)
     for name, gate in found.gates.items():
         if gate.entropy < _ONE_EXPERT and len(gate.weights) > 1:
             most = max(gate.weights, key=lambda expert: gate.weights[expert])
@@ -259,6 +253,26 @@ def _findings(label: str, found: _Found, end: str) -> Iterator[Finding]:
     for expert in _unused(found.gates):
         text = f"{label}: no gate gives expert {expert} more than {_UNUSED:.0%} of its weight"
         yield Finding("notice", text, f"entanglement-gates{end}")
+
+
+def _apart(label: str, found: _Found, end: str) -> Iterator[Finding]:
+    """Where the pairs that the first two tasks disagree about are told apart most, and where least."""
+    groups = pair_groups(found.labels)
+    if len(groups) < 4 or len(found.spaces) < 2:
+        return
+    names = [name for name in groups if name.endswith(" alone")]
+    apart: dict[str, float] = {}
+    for name, space in found.spaces.items():
+        one, other = (mean_with_interval(space.cosines()[groups[each]])[0] for each in names)
+        apart[name] = one - other
+    # A task that is a part of the other, as a conversion of a click, is never alone.
+    if all(map(math.isfinite, apart.values())):
+        low, high = (choose(apart, key=lambda name: apart[name]) for choose in (min, max))
+        text = (
+            f"{label}: pairs of “{names[0]}” are nearer than those of “{names[1]}” by {apart[high]:+.3f} in "
+            f"{high} and by {apart[low]:+.3f} in {low}"
+        )
+        yield Finding("notice", text, f"entanglement-distances{end}")
 
 
 def _unused(gates: Mapping[str, Gate]) -> list[str]:

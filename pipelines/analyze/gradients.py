@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from embeddings.errors import CheckpointError
 from pipelines.analyze.options import AnalyzeOptions
 from pipelines.analyze.report.model import Figure, Finding, HeatMap, Line, Lines, Section, Table
 from pipelines.analyze.runs import AnalysedRun
@@ -58,7 +59,11 @@ def analyse(runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> Section:
     dominance = {run.name: steps for run in runs if (steps := _entries(run, "dominance"))}
     figures += [_dominance(dominance)] if dominance else []
     for number, (label, same) in enumerate(by_label.items(), 1):
-        pulls = _probed(same[0], options)
+        try:
+            pulls = _probed(same[0], options)
+        except CheckpointError as error:
+            skipped.append(f"{label}: {error}")
+            continue
         if pulls:
             figures += _of_probe(label, pulls, "" if len(by_label) == 1 else f"-{number}")
         else:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
+import numpy as np
+
 from embeddings.errors import TandemError
 from pipelines.analyze.options import AnalyzeOptions
 from pipelines.analyze.quality_study import WHOLE, Part, Study, study
@@ -25,6 +27,7 @@ from pipelines.analyze.scores import RunScores, scores_of
 from trainer.analysis.slices import COMPARED, Comparison, Measured, Slicing, over_runs
 from trainer.quality.bootstrap import METRICS
 from trainer.quality.bootstrap import Interval as Joint
+from trainer.quality.metrics import calibration
 
 _TITLES = {"auc": "AUC", "gauc": "GAUC", "logloss": "logloss", "pcoc": "PCOC"}
 _OF_SLICES = ("auc", "logloss", "pcoc")
@@ -265,9 +268,27 @@ def _alarms(found: Study, suffix: str) -> Iterator[Finding]:
                     f"the predictions of {task} by {label} add up to {pcoc.value:.2f} "
                     f"[{pcoc.low:.2f}, {pcoc.high:.2f}] times the labels"
                 )
-                yield Finding("alarm", text, f"quality_calibration{suffix}")
+                weighted = _weighted_pcoc(found, task, label)
+                if fits := _CALIBRATED[0] <= weighted <= _CALIBRATED[1]:
+                    # What the loss asks for: weights are not to be predicted.
+                    text += f"; with the weights of the loss, {weighted:.2f} times"
+                yield Finding("notice" if fits else "alarm", text, f"quality_calibration{suffix}")
             else:
                 yield from _slices_off(found, task, label, suffix)
+
+
+def _weighted_pcoc(found: Study, task: str, label: str) -> float:
+    """PCOC with the weights of the loss, the mean of the runs; NaN without weights."""
+    values = []
+    for scored in (each.scored for each in found.scores if each.run.label == label):
+        if scored.weight is None:
+            return math.nan
+        place = scored.tasks.index(task)
+        known = ~np.isnan(scored.label[:, place])
+        weight = scored.weight[known, place].astype(np.float64)
+        predicted, labels = (weight @ each[known, place] for each in (scored.score, scored.label))
+        values.append(calibration(float(predicted), float(labels)))
+    return float(np.mean(values))
 
 
 def _off(pcoc: Joint) -> bool:

@@ -138,7 +138,9 @@ def _by_frequency(scores: Sequence[RunScores]) -> Slicing | str:
     run, items = scores[0].run, scores[0].scored.item_id
     if (items == -1).all():
         return "slices by item frequency need a feature `item_id` of candidates, with one id each"
-    return by_frequency(item_frequency(run.config.data, run.manifest, items))
+    # Raw ids are numbers like any other.
+    unknown = None if run.manifest.features["item_id"].raw else items == 0
+    return by_frequency(item_frequency(run.config.data, run.manifest, items), unknown)
 
 
 def _by_domain(scores: Sequence[RunScores]) -> Slicing | str | None:

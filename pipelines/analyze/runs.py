@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from embeddings.errors import ConfigError, DataError
+from embeddings.errors import CheckpointError, ConfigError, DataError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.ids.frozen import FrozenIds
 from pipelines.export_source import check_tables
@@ -126,13 +126,19 @@ class AnalysedRun:
 
         Args:
             batches: of `reader`; only these may be given to the model.
+
+        Raises:
+            CheckpointError: a weight that they need is NaN or infinite, so that no measure has a meaning.
         """
+        for name, weight in self.dense.items():
+            self._refuse_broken(name, weight)
         found = rows_of_requests((self.looked_up(batch) for batch in batches), self.groups, self.config)
         keys = {self.groups[name].table_name(spec): spec.key for name, spec, _ in self.tables()}
         source = self._source()
         for name, spec, _ in self.tables():
             table = self.groups[name].table_name(spec)
             for first, rows in source.picked(name, table, found.ids[spec.key]):
+                self._refuse_broken(table, rows)
                 found.watch(keys, table, first, rows)
         return PartialModel(self.config, self.manifest, self.ranks, self.dense, found, self.id_maps)
 
@@ -147,7 +153,8 @@ class AnalysedRun:
         if not self.folder.metrics.exists():
             return []
         lines = []
-        for text in self.folder.metrics.read_text(encoding="utf-8").splitlines():
+        # Lines end by a line feed alone: a name inside of one may hold other separators.
+        for text in self.folder.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)
             except ValueError:
@@ -155,6 +162,10 @@ class AnalysedRun:
             if isinstance(line, dict):
                 lines.append(line)
         return lines
+
+    def _refuse_broken(self, name: str, weight: Tensor) -> None:
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise CheckpointError(self.checkpoint, f"{name} holds NaN or infinity; analyze an earlier one")
 
     def _source(self) -> Source:
         return Source(self.config, self.groups, self.tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from embeddings.errors import CheckpointError
 from pipelines.analyze.options import AnalyzeOptions
 from pipelines.analyze.report.model import Figure, Finding, Section, Table
 from pipelines.analyze.runs import AnalysedRun
@@ -40,8 +41,9 @@ def analyse(runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> Section:
         found, left_out = _measured(case, same, options)
         skipped += left_out
         end = "" if len(cases) == 1 else f"-{number}"
-        figures += figures_of(case, found, end)
-        findings += findings_of(found, f"search-quality{end}")
+        if found.runs:
+            figures += figures_of(case, found, end)
+            findings += findings_of(found, f"search-quality{end}")
     return Section(
         "search", "What the search keeps", _INTRODUCTION, tuple(figures), tuple(findings), tuple(skipped)
     )
@@ -88,7 +90,14 @@ def _measured(case: Case, runs: Sequence[AnalysedRun], options: AnalyzeOptions) 
     for run in runs:
         seed = run.seed if options.seed is None else options.seed
         batches = [step.batch for step in run.reader(options.split, options.sample).steps()]
-        partial = run.model(batches)
+        if not batches:
+            skipped.append(f"{run.name}: the sample of {options.split} holds no user; raise --sample.")
+            continue
+        try:
+            partial = run.model(batches)
+        except CheckpointError as error:
+            skipped.append(f"{run.name}: {error}")
+            continue
         one = measure_search(
             partial.model.module,
             ((batch, partial.renumbered(batch).to(run.ranks.device)) for batch in batches),

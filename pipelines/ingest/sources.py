@@ -129,14 +129,16 @@ def open_files(
             split = engine.split(values[name], need.separator)
             values[name] = split.map(lambda part: part.strip()).filter(lambda part: part != "")
     loose = {
-        name
-        for name, (column, target, _) in zip(wanted, told, strict=True)
-        if target == "int64"
-        and column.need.kind not in ("time", "quantity")
-        and set(column.families) <= {CSV, NULL}
+        name for name, (column, target, _) in zip(wanted, told, strict=True) if _is_loose(column, target)
     }
     named = dict(zip(wanted, columns, strict=True))
     return RawTable(table.select(**values), loose, found.label, files, named)
+
+
+def _is_loose(column: Column, target: Target) -> bool:
+    """Whether a column was read as integers and could as well be text."""
+    ids = column.need.kind not in ("time", "quantity")
+    return target == "int64" and ids and set(column.families) <= {CSV, NULL}
 
 
 def join_in_halves(parts: Sequence[Part], join: Callable[[Part, Part], Part]) -> Part:

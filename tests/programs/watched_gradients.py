@@ -17,13 +17,15 @@ from trainer.ranks.process_group import process_group
 
 STEPS = 4
 WATCHED = "train.watch_gradients=2"
-# Name -> preset, pipeline, settings; `twin` is the plain form of those behind it.
+# A state for each row would be one for each column shard.
+ADAGRAD = "groups.shared.optimizer=adagrad"
+# Name -> preset, pipeline, settings; `twin` is the plain form of the two behind it.
 CASES = {
-    "twin": ("twin_paper_dare", "none", []),
-    "row-wise": ("twin_paper_dare", "none", ['groups.shared.sharding=["row_wise"]']),
+    "twin": ("twin_paper_dare", "none", [ADAGRAD]),
+    "row-wise": ("twin_paper_dare", "none", [ADAGRAD, 'groups.shared.sharding=["row_wise"]']),
     "column-wise": (
         "twin_paper_dare", "sparse_dist",
-        ['groups.shared.sharding=["column_wise"]', "groups.shared.optimizer=adagrad", "model.lookup=full"],
+        [ADAGRAD, 'groups.shared.sharding=["column_wise"]', "model.lookup=full"],
     ),
     "by task": ("mmoe", "none", [PER_TASK]),
 }  # fmt: skip

@@ -163,8 +163,16 @@ def mean_with_interval(values: Floats) -> tuple[float, float, float]:
 def principal(vectors: Floats) -> tuple[Floats, Floats]:
     """The first two principal components: coordinates [n, 2], and their shares of the variance [2].
 
-    Signs are such that the largest coordinate by size is positive.
+    Signs are such that the largest coordinate by size is positive. Vectors that hold NaN or infinity have no
+    part in it, and NaN for coordinates.
     """
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        coordinates = np.full((len(vectors), 2), np.nan)
+        coordinates[finite], shares = principal(vectors[finite])
+        return coordinates, shares
+    if not len(vectors):
+        return np.zeros((0, 2)), np.zeros(2)
     centred = vectors.astype(np.float64) - vectors.mean(axis=0)
     left, values, _ = np.linalg.svd(centred, full_matrices=False)
     coordinates = np.zeros((len(vectors), 2))

@@ -86,12 +86,21 @@ def by_history(history: Ints) -> Slicing:
     return _by_edges("history", "behaviors that the request saw", history, HISTORY_EDGES)
 
 
-def by_frequency(frequency: Ints) -> Slicing:
-    """By how often the item is a candidate of the training split, [n]; none: it is cold."""
+def by_frequency(frequency: Ints, unknown: Bools | None = None) -> Slicing:
+    """By how often the item is a candidate of the training split, [n]; none: it is cold.
+
+    Args:
+        unknown: [n], candidates whose item has no id of its own. Training may have seen many such, of which
+            none need be this one: they are a part by themselves.
+    """
     found = _by_edges(
         "frequency", "candidates of the training split with this item", frequency, FREQUENCY_EDGES
     )
-    return replace(found, parts=("0 (cold)", *found.parts[1:]))
+    parts, of = ("0 (cold)", *found.parts[1:]), found.of
+    if unknown is not None and unknown.any():
+        of = np.where(unknown, len(parts), of)
+        parts = (*parts, "unknown item")
+    return replace(found, parts=parts, of=of)
 
 
 def by_age(seconds: Floats) -> Slicing:

@@ -198,6 +198,21 @@ def test_predictions_out_of_scale_are_an_alarm(
     assert alarms == [level] * bool(level)
 
 
+def test_predictions_that_fit_the_weights_of_the_loss_are_no_alarm(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    """Negatives that count a third are predicted as a third as many."""
+    shutil.copytree(folders[0], tmp_path / "run")
+    own = read_scores(folders[0] / "scores-test.parquet")
+    weight = np.where(own.label > 0, 1.0, 1 / 3).astype(np.float32)
+    score = np.full_like(own.label, (weight * own.label).sum() / weight.sum())
+    with opened(tmp_path / "run") as (run,):
+        kept(run, replace(own, score=score, weight=weight))
+        section = analyse([run], OPTIONS)
+    (found,) = (each for each in section.findings if each.figure == "quality_calibration")
+    assert found.level == "notice" and found.text.endswith("; with the weights of the loss, 1.00 times")
+
+
 def test_a_slice_that_is_out_of_scale_is_named(folders: list[Path], tmp_path: Path) -> None:
     """Of a model that is calibrated on the whole."""
     shutil.copytree(folders[0], tmp_path / "run")

@@ -47,6 +47,8 @@ def test_parts_are_named_and_every_candidate_is_in_one() -> None:
     assert [frequency.parts[place] for place in frequency.of] == [
         *("0 (cold)", "1 to 9", "1 to 9", "10 to 99", "100,000 or more")
     ]
+    unknown = by_frequency(np.array([0, 10**6, 5]), np.array([False, True, False]))
+    assert [unknown.parts[place] for place in unknown.of] == ["0 (cold)", "unknown item", "1 to 9"]
     age = by_age(np.array([0.0, 3599, 3600, DAY, 7 * DAY - 1, 400 * DAY, math.nan]))
     assert [age.parts[place] for place in age.of] == [
         *("up to 1 hour", "up to 1 hour", "1 hour to 1 day", "1 to 7 days", "1 to 7 days"),

@@ -49,7 +49,8 @@ def read_impressions(reader: SequenceLogReader, feature: str, length: int, rows:
     Args:
         feature: of both sides, one id each; length: L; rows: of `feature`, 32,768 at most.
     """
-    windows, pairs, requests = [], [], 0
+    windows, pairs = [np.zeros((0, length), dtype=np.int16)], [np.zeros((4, 0), dtype=np.int64)]
+    requests = 0
     with closing(reader.steps()) as steps:
         for step in steps:
             window, pair = _of_batch(step.batch, feature, length, rows)
