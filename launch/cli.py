@@ -85,7 +85,7 @@ def synth(
         Option(
             help="relevance, xor, profiles, interference, decoupled, far, pair or opposite; of several tasks "
             "or domains agree, domains, signs, funnel and helper; sparse_25, sparse_5, sparse_1 or collapse; "
-            "flip, whose best item changes."
+            "digits, digits_number, similar and uncertain, of encoders; flip, whose best item changes."
         ),
     ] = "relevance",
     seed: Annotated[int, Option(min=0, help="Of every random draw.")] = 7,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, field_validator
 
 from trainer.config.mistakes import NAME
 from trainer.config.places import PlaceSetting
@@ -68,6 +68,13 @@ class SimilarityConfig(Settings):
     """The bases of `mnse`."""
     combine: Literal["concat", "sum"] = "concat"
     """Whether each base of `mnse` is a feature with a table of its own, or one table has all digits."""
+
+    @field_validator("bases")
+    @classmethod
+    def _each_base_once(cls, bases: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(bases)) < len(bases):
+            raise ValueError("names one base twice; leave each once")
+        return bases
 
 
 def problems_of_similarity(

@@ -68,7 +68,7 @@ def read_vectors(settings: VectorsConfig, key: Key, log: Path) -> tuple[Vectors,
 
     Raises:
         DataError: a file is missing, damaged or has other columns, a vector has another width than the ones
-            before or holds NaN or infinity, or an id has two different vectors.
+            before or holds NaN or infinity, an id has two different vectors, or no id has one.
         UnavailableError: a store cannot be read now.
     """
     ids, blocks, counts, dim = list[Ints](), list[Directions](), VectorCounts(of=key.counted), 0
@@ -80,7 +80,11 @@ def read_vectors(settings: VectorsConfig, key: Key, log: Path) -> tuple[Vectors,
     if not ids:
         raise DataError("has no row", file=settings.file)
     found, repeated = _in_order(np.concatenate(ids), np.concatenate(blocks), settings)
-    return found, replace(counts, used=found.ids.size, repeated=repeated)
+    counts = replace(counts, used=found.ids.size, repeated=repeated)
+    if not found.ids.size:
+        problem = f"says nothing of this log ({counts.line(settings.file, key.name)})"
+        raise DataError(f"{problem}; are these the ids of {key.name}?", file=settings.file)
+    return found, counts
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,9 @@ def _read_file(file: Path, settings: VectorsConfig, key: Key, log: Path, dim: in
                     problem = f"no such column; the file has {', '.join(schema.names)}"
                     raise DataError(problem, file=file, column=name)
             _check_type(file, settings.vector_column, schema.field(settings.vector_column).type)
-            translation = key.translation(log, schema.field(settings.ids).type, file, settings.ids)
+            kind = schema.field(settings.ids).type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            translation = key.translation(log, kind, file, settings.ids)
             first = 0
             for batch in batches_of(parquet, names):
                 part = _read_rows(batch, settings, translation, dim, (file, first))
@@ -149,6 +155,8 @@ def _read_rows(
     there = raw.is_valid().to_numpy(zero_copy_only=False) & lists.is_valid().to_numpy(zero_copy_only=False)
     rows = np.flatnonzero(there)
     raw, lists = raw.take(pa.array(rows)), lists.take(pa.array(rows))
+    if pa.types.is_dictionary(raw.type):
+        raw = raw.cast(raw.type.value_type)
 
     def fail(row: int, problem: str) -> DataError:
         return DataError(problem, file=at[0], column=settings.vector_column, row=at[1] + int(rows[row]))

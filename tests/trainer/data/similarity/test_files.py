@@ -80,6 +80,9 @@ def test_values_of_a_vocabulary_and_raw_ids(tmp_path: Path) -> None:
     pq.write_table(pa.table({"item_id": ["a", "z", "ö"], "vector": lists}), file)
     vectors, counts = found(file, info, tmp_path / "log")
     assert vectors.ids.tolist() == [2, 3] and counts == VectorCounts(used=2, of=3, unknown=1)
+    words = pa.array(["a", "z", "ö"]).dictionary_encode()
+    pq.write_table(pa.table({"item_id": words, "vector": lists}), file)
+    assert found(file, info, tmp_path / "log")[0].ids.tolist() == [2, 3]
     raw = FeatureInfo(rows=1, raw=True, hashed=True)
     assert found(file, raw)[0].ids.tolist() == sorted(hash_text(["a", "z", "ö"]).tolist())
     pq.write_table(pa.table({"item_id": [-(2**63), 2**63 - 1, 0], "vector": lists}), file)
@@ -128,6 +131,9 @@ def test_a_folder_of_files_and_one_reading_for_all_readers(tmp_path: Path) -> No
         ({"item_id": pa.array([3, 3])}, "two different vectors of one id .the log's 3.; keep one of them"),
         ({"item_id": pa.array(["3", "4"])}, "holds text, and item_id has none: the log has no vocabulary"),
         ({"item_id": pa.array([0.5, 1.0])}, "holds double; ids are integers or text"),
+        ({"item_id": pa.array([90, 91])}, "says nothing of this log .*2 row.s. of ids that the log does not"),
+        ({"vector": pa.array([None, None], LIST)}, "0 of 9 ids of item_id .*2 row.s. without an id"),
+        ({"vector": pa.array([[0.0], [0.0]], LIST)}, "2 vector.s. of zeros"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -95,6 +95,7 @@ def test_no_cosine_lies_outside_of_the_encoder(kind: str, step: float) -> None:
     [
         (["data.similarity.near.to=users"], "data.similarity.near.to = 'users': there are no such vectors"),
         (["data.similarity.near.step=2"], "data.similarity.near.step"),
+        (["data.similarity.near.bases=[2,3,2]"], "names one base twice"),
         (["data.similarity.near.statistic=median"], "'max', 'mean', 'top' or 'histogram'"),
     ],
 )
