@@ -75,6 +75,7 @@ def test_a_task_that_is_part_of_another_is_never_alone() -> None:
     click = np.array([1, 1, 1, 0, 0, 0, 1, 1, 0], dtype=np.float32)
     for conversion, sentences in ((click * [1, 0, 1, 0, 0, 0, 0, 1, 0], 0), (1 - click, 1)):
         labels = {"click": click, "conversion": conversion.astype(np.float32)}
-        found = _Found(space, {}, labels, np.zeros(9, np.int64), np.zeros(9, np.int64))
+        nothing = np.zeros(9, np.int64)
+        found = _Found(space, {}, labels, nothing, nothing, str)
         texts = [finding.text for finding in _apart("run", found, "")]
         assert len(texts) == sentences and not any("nan" in text for text in texts)
