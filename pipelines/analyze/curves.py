@@ -149,7 +149,7 @@ def _fallen(labels: Mapping[str, Sequence[RunCurves]]) -> Iterator[Finding]:
             if found.mean[best] - found.mean[-1] > _FALLEN:
                 best_step, last_step = int(found.steps[best]), int(found.steps[-1])
                 text = (
-                    f"the validation AUC of {label} ({task}) was best after step {best_step:,}, "
+                    f"The validation AUC of {label} ({task}) was best after step {best_step:,}, "
                     f"{found.mean[best]:.4f}, and fell to {found.mean[-1]:.4f} by step {last_step:,}: "
                     "early stopping (train.early_stopping) keeps the best"
                 )

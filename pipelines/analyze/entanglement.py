@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from embeddings.errors import CheckpointError
 from pipelines.analyze.options import AnalyzeOptions
 from pipelines.analyze.report.model import Bars, Figure, Finding, HeatMap, Points, Section, Table
 from pipelines.analyze.runs import AnalysedRun
+from pipelines.analyze.table_ids import names_by_vocabulary
 from trainer.analysis.entanglement import (
     Gate,
     Space,
@@ -50,6 +51,7 @@ class _Found:
         spaces, gates: of all candidates of the sample; labels: task -> [C].
         items, categories: the id of each candidate, and of its category, int64 [C]; all 0 where the log has
             none.
+        name_of: what a category is called.
     """
 
     spaces: dict[str, Space]
@@ -57,6 +59,7 @@ class _Found:
     labels: dict[str, npt.NDArray[np.float32]]
     items: npt.NDArray[np.int64]
     categories: npt.NDArray[np.int64]
+    name_of: Callable[[int], str]
 
 
 def analyse(runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> Section:
@@ -106,6 +109,7 @@ def _measured(run: AnalysedRun, options: AnalyzeOptions) -> _Found | None:
         {task.name: labels[:, column] for column, task in enumerate(run.tasks)},
         _ids(batches, item),
         _ids(batches, category),
+        lambda number: names_by_vocabulary(run, category, np.array([number]))[0] if category else "",
     )
 
 
@@ -231,13 +235,13 @@ def _neighbourhood(label: str, found: _Found, end: str) -> Figure | None:
             f"component {place + 1} ({share:.0%} of the variance)" for place, share in enumerate(shares)
         )
         charts.append(Points(name, x_label, y_label, clouds))
-    of = "one category" if len(ids) > 1 else "the sample"
+    of = f"{found.name_of(category)}, the category with the most items," if len(ids) > 1 else "the sample"
     return Figure(
         f"entanglement-neighbourhood{end}",
         f"One neighbourhood in the spaces of {label}",
-        f"The {len(often)} most shown items of {of} (the one with the most items, id {category}), by the "
-        "first two principal components of their vectors in each space. Colours part them at the median "
-        f"of their rate of {task} in the sample. A space that knows the task shows two clouds.",
+        f"The {len(often)} most shown items of {of} by the first two principal components of their vectors "
+        f"in each space. Colours part them at the median of their rate of {task} in the sample. A space that "
+        "knows the task shows two clouds.",
         tuple(charts),
     )
 

@@ -260,12 +260,12 @@ def _alarms(found: Study, suffix: str) -> Iterator[Finding]:
             auc, pcoc = over_runs("auc", own), over_runs("pcoc", own)
             if auc.low <= 0.5:
                 value = f"AUC {auc.value:.4f} [{auc.low:.4f}, {auc.high:.4f}]"
-                wrong, order = auc.high < 0.5, f"the order that {label} gives candidates by {task}"
+                wrong, order = auc.high < 0.5, f"The order that {label} gives candidates by {task}"
                 text = f"{value}: {order} {'is worse than' if wrong else 'cannot be told from'} chance"
                 yield Finding("alarm" if wrong else "notice", text, f"quality_whole{suffix}")
             if _off(pcoc):
                 text = (
-                    f"the predictions of {task} by {label} add up to {pcoc.value:.2f} "
+                    f"The predictions of {task} by {label} add up to {pcoc.value:.2f} "
                     f"[{pcoc.low:.2f}, {pcoc.high:.2f}] times the labels"
                 )
                 weighted = _weighted_pcoc(found, task, label)
@@ -309,7 +309,7 @@ def _slices_off(found: Study, task: str, label: str, suffix: str) -> Iterator[Fi
     for _, slicing, part, pcoc in off[:_MOST_SLICES]:
         of_task = f"_{found.tasks.index(task) + 1}" if len(found.tasks) > 1 else ""
         text = (
-            f"{slicing.title}, {part}: the predictions of {task} by {label} add up to "
+            f"{slicing.title}, {part}: The predictions of {task} by {label} add up to "
             f"{pcoc.value:.2f} [{pcoc.low:.2f}, {pcoc.high:.2f}] times the labels"
         )
         yield Finding("notice", text, f"quality_by_{slicing.name}{of_task}{suffix}")

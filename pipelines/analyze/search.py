@@ -9,6 +9,7 @@ from pipelines.analyze.options import AnalyzeOptions
 from pipelines.analyze.report.model import Figure, Finding, Section, Table
 from pipelines.analyze.runs import AnalysedRun
 from pipelines.analyze.search_figures import ENOUGH, SEEDS, TRUTH, Case, Measured, figures_of, findings_of
+from pipelines.analyze.table_ids import names_by_vocabulary
 from trainer.analysis.search.discriminability import discriminability
 from trainer.analysis.search.information import Truth, count_truths, read_impressions
 from trainer.analysis.search.measure import measure_search
@@ -86,7 +87,8 @@ def _feature_of(run: AnalysedRun) -> tuple[str, str]:
 def _measured(case: Case, runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> tuple[Measured, list[str]]:
     truth = _truth_of(case, runs[0], options)
     categories = frequent(truth)
-    found, skipped = Measured(truth, categories, {}, {}, {}, {}), []
+    names = tuple(names_by_vocabulary(runs[0], case.feature, categories))
+    found, skipped = Measured(truth, categories, names, {}, {}, {}, {}), []
     for run in runs:
         seed = run.seed if options.seed is None else options.seed
         batches = [step.batch for step in run.reader(options.split, options.sample).steps()]

@@ -37,7 +37,7 @@ class Measured:
     """What was measured of the runs of one case.
 
     Attributes:
-        truth: the information; categories: those that are drawn.
+        truth: the information; categories: those that are drawn; names: what they are called.
         runs: label -> its runs; seeds: label -> theirs, in the same order.
         clusters: label -> how well their vectors tell labels apart.
         beside: the references, by name.
@@ -45,6 +45,7 @@ class Measured:
 
     truth: Truth
     categories: Ints
+    names: tuple[str, ...]
     runs: dict[str, list[SearchMeasures]]
     seeds: dict[str, list[int]]
     clusters: dict[str, list[Discriminability]]
@@ -141,7 +142,7 @@ def _cells(found: Measured, runs: Sequence[SearchMeasures]) -> float:
 
 
 def _by_category(case: Case, found: Measured, end: str) -> Figure:
-    names = _names(case, found)
+    names = found.names
     bars = {label: _of_categories(found, runs) for label, runs in found.ranked.items()}
     for name, tally in found.beside.items():
         bars[name] = [tally.mean_of_category("ndcg", int(of)) for of in found.categories]
@@ -183,7 +184,7 @@ def _by_recency(found: Measured, end: str) -> Figure:
 
 
 def _relevance(case: Case, found: Measured, end: str) -> Figure:
-    names = _names(case, found)
+    names = found.names
     counts = [run.learned.count for runs in found.ranked.values() for run in runs]
     information = weighted_places(truth_of(found.truth, found.categories), counts[:1])
     axes = "behavior", "candidate", names, names
@@ -204,7 +205,7 @@ def _relevance(case: Case, found: Measured, end: str) -> Figure:
 
 
 def _relevance_of_one(case: Case, found: Measured, end: str) -> Figure:
-    names, starts = _names(case, found), tuple(str(start) for start in _starts(found.truth))
+    names, starts = found.names, tuple(str(start) for start in _starts(found.truth))
     information = truth_of(found.truth, found.categories)[0]
     axes = "place of the behavior", "behavior", starts, names
     maps = [HeatMap("mutual information, bits", *axes, _rows(information))]
@@ -250,10 +251,6 @@ def _clusters(found: Measured, end: str) -> Figure:
     )
 
 
-def _names(case: Case, found: Measured) -> tuple[str, ...]:
-    return tuple(f"{case.feature} {category}" for category in found.categories)
-
-
 def _starts(truth: Truth) -> list[int]:
     """The first place of each bin, from 1."""
     return [int(start) + 1 for start in np.searchsorted(truth.bins, np.arange(int(truth.bins[-1]) + 1))]
@@ -275,7 +272,7 @@ def findings_of(found: Measured, figure: str) -> Iterator[Finding]:
         others = ", ".join(f"{label} {ndcg:.3f}" for label, ndcg in means.items() if label != best)
         yield Finding(
             "notice",
-            f"the search of {best} keeps the informative behaviors best: NDCG {means[best]:.3f}; {others}",
+            f"The search of {best} keeps the informative behaviors best: NDCG {means[best]:.3f}; {others}",
             figure,
         )
     clusters = {
@@ -285,5 +282,5 @@ def findings_of(found: Measured, figure: str) -> Iterator[Finding]:
     if len(clusters) > 1:
         best = max(clusters, key=lambda label: clusters[label])
         others = ", ".join(f"{label} {nmi:.4f}" for label, nmi in clusters.items() if label != best)
-        text = f"the pooled vectors of {best} tell labels apart best: mean NMI {clusters[best]:.4f}; {others}"
+        text = f"The pooled vectors of {best} tell labels apart best: mean NMI {clusters[best]:.4f}; {others}"
         yield Finding("notice", text, figure.replace("quality", "discriminability"))

@@ -93,8 +93,13 @@ def names_of(run: AnalysedRun, feature: str, ids: IdsOfTable, rows: Ints) -> lis
     if ids.ids is not None:
         names = {row: str(ids.ids[row]) for row in rows.tolist() if ids.owned[row]}
         return [names.get(row, f"shared row {row}") for row in rows.tolist()]
-    values = _values(run.manifest, run, feature, rows)
-    return ["unknown" if row == 0 else str(values.get(row, row)) for row in rows.tolist()]
+    return names_by_vocabulary(run, feature, rows)
+
+
+def names_by_vocabulary(run: AnalysedRun, feature: str, ids: Ints) -> list[str]:
+    """What some ids of the log are called: by its vocabulary, or by their numbers; 0 is unknown."""
+    values = _values(run.manifest, run, feature, np.sort(ids))
+    return ["unknown" if number == 0 else str(values.get(number, number)) for number in ids.tolist()]
 
 
 def _values(manifest: LogManifest, run: AnalysedRun, feature: str, rows: Ints) -> Mapping[int, object]:

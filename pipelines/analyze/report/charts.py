@@ -18,6 +18,10 @@ Looks = Mapping[str, Look]
 # Columns of a heat map that are wide enough for their numbers, and digits after the point that fit in.
 _WRITTEN, _DIGITS = 8, 3
 _LONG = 9
+# Letters of a name that take half of a chart's width.
+_LETTERS = 36
+# Letters of a standing name that there is room for below a chart, and inches of each more.
+_SHORT, _LETTER = 14, 0.07
 # Letters below a chart that have room side by side.
 _ACROSS = 32
 # Inches of a chart: so wide that its letters can still be read on a phone.
@@ -26,8 +30,14 @@ WIDTH = 3.8
 
 def draw(axes: Axes, chart: Chart, looks: Looks) -> None:
     """Draw a chart with its title and axes, but without a legend."""
-    axes.set_title(chart.title)
+    axes.set_title(short(chart.title))
     _KINDS[type(chart)](axes, chart, looks)
+
+
+def short(name: str) -> str:
+    """A name that leaves room for its chart: of a long one both ends, since names often differ there."""
+    line = " ".join(name.split())
+    return line if len(line) <= _LETTERS else f"{line[: _LETTERS // 2 - 1]}\u2026{line[-_LETTERS // 2 :]}"
 
 
 def size_of(chart: Chart, looks: Looks) -> tuple[float, float]:
@@ -37,7 +47,8 @@ def size_of(chart: Chart, looks: Looks) -> tuple[float, float]:
     if isinstance(chart, Intervals):
         return WIDTH, 0.75 + 0.2 * len(chart.rows)
     if isinstance(chart, HeatMap):
-        return WIDTH, min(9.0, max(2.2, 1.2 + 0.22 * len(chart.y)))
+        below = max((len(short(name)) for name in chart.x), default=0) if _stand(chart) else 0
+        return WIDTH, min(9.0, max(2.2, 1.2 + 0.22 * len(chart.y))) + _LETTER * max(0, below - _SHORT)
     return WIDTH, 2.5
 
 
@@ -83,15 +94,15 @@ def _bars(axes: Axes, chart: Bars, looks: Looks) -> None:
             colour = looks[name].colour
             strokes(chart.bars[name], places - 0.44, places + 0.44, colors=colour, linewidth=2)
     axis = axes.yaxis if lying else axes.xaxis
-    axis.set_ticks(places, chart.groups)
+    axis.set_ticks(places, [short(name) for name in chart.groups])
     axis.set_tick_params(length=0)
     axis.grid(False)
     if lying:
         axes.set_ylim(len(chart.groups) - 0.5, -0.5)
-        axes.set_xlabel(chart.y_label)
+        axes.set_xlabel(short(chart.y_label))
         axes.xaxis.set_major_locator(MaxNLocator(5))
     else:
-        axes.set_ylabel(chart.y_label)
+        axes.set_ylabel(short(chart.y_label))
 
 
 def _most_bars(chart: Bars, looks: Looks) -> int:
@@ -119,9 +130,9 @@ def _heat_map(axes: Axes, chart: HeatMap, looks: Looks) -> None:
     colours = mpl.colormaps["cividis" if chart.centre is None else "RdBu_r"].with_extremes(bad=GREY)
     mesh = axes.pcolormesh(values, cmap=colours, vmin=low, vmax=high if high > low else low + 1, linewidth=0)
     mesh.set_rasterized(values.size > 1024)
-    axes.set_xticks(np.arange(len(chart.x)) + 0.5, chart.x)
-    axes.set_yticks(np.arange(len(chart.y)) + 0.5, chart.y)
-    if sum(map(len, chart.x)) > _ACROSS:
+    axes.set_xticks(np.arange(len(chart.x)) + 0.5, [short(name) for name in chart.x])
+    axes.set_yticks(np.arange(len(chart.y)) + 0.5, [short(name) for name in chart.y])
+    if _stand(chart):
         axes.tick_params(axis="x", rotation=90)
     axes.invert_yaxis()
     axes.tick_params(length=0)
@@ -131,6 +142,11 @@ def _heat_map(axes: Axes, chart: HeatMap, looks: Looks) -> None:
     bar.outline.set_visible(False)
     if len(chart.x) <= _WRITTEN:
         _write_values(axes, values, mesh)
+
+
+def _stand(chart: HeatMap) -> bool:
+    """Whether the names below it stand, since they would not fit side by side."""
+    return sum(map(len, chart.x)) > _ACROSS
 
 
 def _write_values(axes: Axes, values: Any, mesh: Any) -> None:
@@ -172,11 +188,11 @@ def _intervals(axes: Axes, chart: Intervals, looks: Looks) -> None:
         axes.axvline(chart.reference, color=GREY, linewidth=1.2, linestyle="dashed")
     axes.hlines(places, _of(chart, "low"), _of(chart, "high"), colors=SERIES[0], linewidth=2)
     axes.plot(_of(chart, "value"), places, "o", color=SERIES[0], markersize=5)
-    axes.set_yticks(places, [row.name for row in chart.rows])
-    axes.set_ylim(len(chart.rows) - 0.5, -0.5)
+    axes.set_yticks(places, [short(row.name) for row in chart.rows])
+    axes.set_ylim(max(len(chart.rows), 1) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.yaxis.grid(False)
-    axes.set_xlabel(chart.x_label)
+    axes.set_xlabel(short(chart.x_label))
     axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
@@ -185,8 +201,8 @@ def _of(chart: Intervals, part: str) -> Numbers:
 
 
 def _name_axes(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_xlabel(short(x))
+    axes.set_ylabel(short(y))
 
 
 def _scale(axes: Axes, log_x: bool, log_y: bool) -> None:

@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from pipelines.analyze.report.charts import WIDTH, draw, size_of
+from pipelines.analyze.report.charts import WIDTH, draw, short, size_of
 from pipelines.analyze.report.model import Chart, Figure
 from pipelines.analyze.report.palette import GRID, INK, PAPER, SOFT, Look, looks_of, with_variables
 
@@ -52,6 +52,7 @@ _STYLE: dict[Any, Any] = {
 }
 _PER_ROW, _DPI = 3, 150
 _FONT = re.compile(r"font: ([^;\"]*?px) [^;\"]*")
+_TAG = re.compile(r"<[^>]*>")
 _HEAD = re.compile(r"^.*?(?=<svg)", re.DOTALL)
 
 
@@ -82,7 +83,10 @@ def _svg(name: str, chart: Chart, looks: dict[str, Look]) -> str:
         canvas.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = _HEAD.sub("", out.getvalue(), count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
-    return with_variables(_own_ids(_FONT.sub(r"font: \1 var(--font)", text), name))
+    # Texts stay as they are, whatever a name looks like.
+    return _TAG.sub(
+        lambda tag: with_variables(_own_ids(_FONT.sub(r"font: \1 var(--font)", tag[0]), name)), text
+    )
 
 
 def _own_ids(svg: str, name: str) -> str:
@@ -113,5 +117,6 @@ def write_png(figure: Figure, path: Path) -> None:
 
 def _handles(looks: dict[str, Look]) -> list[Line2D]:
     return [
-        Line2D([], [], color=look.colour, linestyle=look.dash, label=name) for name, look in looks.items()
+        Line2D([], [], color=look.colour, linestyle=look.dash, label=short(name))
+        for name, look in looks.items()
     ]

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 DARK = {"name": "prefers-color-scheme", "value": "dark"}
 _CARD = "getComputedStyle(document.querySelector('.card')).backgroundColor"
 _COLUMN = "[...document.querySelectorAll('#numbers tbody tr')].map(row => row.cells[{}].innerText)"
+# Names of runs are as long as people make them.
+_LONG = "document.querySelectorAll('.findings li, h3, h4, .caption').forEach(e => e.append('x'.repeat(400)))"
 _CLICK = "document.querySelectorAll('#numbers th button')[{}].click()"
 
 
@@ -41,6 +43,8 @@ def test_the_page(tmp_path: Path) -> None:
         for width, scheme in ((420, "light"), (1400, "dark")):
             opened(page, file, width, scheme)
             assert page.value("document.documentElement.scrollWidth") == width
+            page.value(_LONG)
+            assert page.value("document.documentElement.scrollWidth") == width, "long names"
             colours.append(page.value("getComputedStyle(document.body).backgroundColor"))
         assert colours[0] == colours[1] != colours[2]
         page.call("Emulation.setEmulatedMedia", media="print", features=[DARK])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ from PIL import Image
 
 from embeddings.errors import ConfigError
 from pipelines.analyze.report import write
-from pipelines.analyze.report.draw import svgs_of
-from pipelines.analyze.report.model import Bars, Figure, Report, Section, Table
+from pipelines.analyze.report.draw import svgs_of, write_png
+from pipelines.analyze.report.model import Bars, Figure, HeatMap, Interval, Intervals, Report, Section, Table
 from pipelines.analyze.report.write import write_report
 from tests.helpers.reports import HOSTILE, every_chart, small_report
 
@@ -99,7 +101,7 @@ def test_names_of_users_are_text_in_the_page_and_in_drawings(out: Path) -> None:
     assert "<img" not in page and "&lt;img src=x" in page
     assert "http://" not in page.replace("http://www.w3.org/", "") and "https://" not in page
     lying = svgs_of(every_chart())[2]
-    assert "&lt;img src=x onerror=" in lying and "$a_b$" in lying
+    assert "&lt;img src=x " in lying and '$a_b$ &amp; "c"' in lying
     assert HOSTILE not in page
 
 
@@ -114,6 +116,25 @@ def test_charts_without_any_value_are_drawn(tmp_path: Path) -> None:
     runs = Table("runs", "Runs", "None.", ("run",), ())
     write_report(Report("Empty", runs, (Section("s", "S", "I", (nothing,)),)), tmp_path / "out")
     assert (tmp_path / "out" / "figures" / "nothing.png").stat().st_size > 1000
+
+
+def test_names_that_are_long_leave_room_for_their_charts(tmp_path: Path) -> None:
+    """Drawings have both ends of a long name, and any other as it is."""
+    names = ["long-" + "x" * 180 + "-1", 'font: 9px red; id="here"']
+    charts = (
+        HeatMap("names", "x", "y", tuple(names), tuple(names), [[1, 2], [3, 4]]),
+        Bars(names[0], names[1], tuple(names), {name: [1, 2] for name in names}),
+        Intervals("rows", names[0], tuple(Interval(name, 1, 0, 2) for name in names)),
+        Intervals("no row", "x", ()),
+    )
+    figure = Figure("names", names[0], "What is drawn.", charts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = svgs_of(figure)
+        write_png(figure, tmp_path / "names.png")
+    for svg in drawn[:3]:
+        assert "long-xxx" in svg and "xxx-1<" in svg and "x" * 40 not in re.sub(r"<!--.*?-->", "", svg)
+        assert f">{names[1]}<" in svg
 
 
 def test_a_report_is_refused_where_names_would_meet() -> None:
