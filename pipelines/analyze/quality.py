@@ -64,7 +64,12 @@ def analyse(runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> Section:
     figures, findings, sources, replicates = list[Figure | Table](), list[Finding](), list[str](), 0
     for number, of_log in enumerate(by_log.values(), start=1):
         seed = of_log[0].run.config.train.seed if options.seed is None else options.seed
-        found, suffix = study(of_log, seed), f"_{number}" if len(by_log) > 1 else ""
+        try:
+            found = study(of_log, seed)
+        except TandemError as error:
+            skipped.append(str(error))
+            continue
+        suffix = f"_{number}" if len(by_log) > 1 else ""
         replicates = found.draws.replicates
         sources += [f"{each.source} ({each.run.name})" for each in of_log]
         skipped += [*found.skipped, *_left_out(found)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embeddings.errors import TandemError
+from embeddings.errors import DataError, TandemError
 from pipelines.analyze.scores import RunScores, common
 from trainer.analysis.calibration import CalibrationBin, calibration_curve
 from trainer.analysis.candidate_facts import behavior_ages, item_frequency
@@ -67,8 +67,16 @@ class Study:
 
 
 def study(scores: Sequence[RunScores], seed: int) -> Study:
-    """Measure all runs, tasks and slices; `scores`: of runs of one log."""
+    """Measure all runs, tasks and slices; `scores`: of runs of one log.
+
+    Raises:
+        DataError: no candidate has scores of all runs.
+    """
     kept, of = common(scores)
+    if of and not kept[0].scored.size:
+        sources = "; ".join(f"{each.source} ({each.run.name})" for each in scores)
+        problem = "the runs have scored no candidate in common; evaluate each of them on the whole split"
+        raise DataError(f"{problem}: {sources}", file=scores[0].run.config.data.log)
     first = kept[0].scored
     users, groups = group_keys(first.user_id), group_keys(first.user_id, first.request_id)
     draws = UserDraws(int(users.max(initial=-1)) + 1, seed=seed)

@@ -178,6 +178,18 @@ def test_other_labels_and_other_logs_are_not_compared(tmp_path: Path) -> None:
     assert not any(each.name.startswith("quality_differences") for each in section.figures)
 
 
+def test_runs_without_a_candidate_in_common_are_not_measured(folders: list[Path], tmp_path: Path) -> None:
+    for number in range(2):
+        shutil.copytree(folders[number], tmp_path / str(number))
+    own = read_scores(folders[0] / "scores-test.parquet")
+    with opened(tmp_path / "0", tmp_path / "1") as runs:
+        for run, chosen in zip(runs, (own.user_id < 20, own.user_id >= 20), strict=True):
+            kept(run, own.part(chosen))
+        section = analyse(runs, OPTIONS)
+    assert not section.figures and not section.findings
+    assert "no candidate in common" in section.skipped[0] and len(section.skipped) == 1
+
+
 def test_a_split_that_the_log_lacks_is_said(folders: list[Path]) -> None:
     with opened(folders[0]) as runs:
         section = analyse(runs, replace(OPTIONS, split="nothing"))
