@@ -25,7 +25,7 @@ from trainer.checkpoint.averages import Weights
 from trainer.config.tasks import names_of
 from trainer.data.batch import RequestBatch
 from trainer.data.living_ids import looked_up
-from trainer.data.similarity.encoding import features_of_tables
+from trainer.data.similarity.encoding import parts_of_numbers
 from trainer.log.schema import LogManifest
 from trainer.log.vocabulary import stream_values
 from trainer.quality.overlap import LEAST_OVERLAP, Overlap, too_small
@@ -157,8 +157,7 @@ def _write(
     """Everything of a version but its number, and how it compares to the trainer."""
     recorded, parity_requests = run.recorded(), options.parity_requests
     batches = (looked_up(batch, run.id_maps) for batch in run.compared(recorded, parity_requests))
-    of_tables = {**features_of_tables(run.config.data, run.manifest), **run.manifest.table_context}
-    parts = [name for name, info in of_tables.items() if info.field]
+    parts = parts_of_numbers(run.config.data, run.manifest)
     found = rows_of_requests(batches, run.groups, run.config, parts)
     tables = {g.table_name(t): t.key for g in run.groups.values() for t in g.tables}
     source = Source(run.config, run.groups, run.reader, _base_step(run, base))

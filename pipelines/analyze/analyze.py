@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from embeddings.errors import TandemError
 from pipelines.analyze.options import AnalyzeOptions
 from pipelines.analyze.report.model import Report, Section, Table
 from pipelines.analyze.report.write import check_target, write_report
 from pipelines.analyze.runs import AnalysedRun, open_runs
-from pipelines.analyze.sections import chosen
+from pipelines.analyze.sections import Analyse, chosen
 from pipelines.console import quiet_third_parties
 from trainer.ranks.process_group import process_group
 from trainer.run_folder import RunFolder, versions
@@ -35,13 +36,22 @@ def analyze(paths: Sequence[Path], out: Path, options: AnalyzeOptions) -> Report
         written = []
         for name, analyse in sections.items():
             began = time.perf_counter()
-            section = analyse(runs, options)
+            print(f"{name} ...", flush=True)
+            section = _analysed(name, analyse, runs, options)
             written.append(section)
             print(_line(name, section, time.perf_counter() - began), flush=True)
     report = Report(_title(runs), _table_of(runs), tuple(written), _facts(options))
     page = write_report(report, out)
     print("\n".join(["", *(f"{each.level}: {each.text}" for each in report.findings), f"page: {page}"]))
     return report
+
+
+def _analysed(name: str, analyse: Analyse, runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> Section:
+    """A section; where it cannot be made, one that says why, so that the others are not lost."""
+    try:
+        return analyse(runs, options)
+    except TandemError as error:
+        return Section(name, name.capitalize(), "", skipped=(f"{error}",))
 
 
 def _line(name: str, section: Section, seconds: float) -> str:

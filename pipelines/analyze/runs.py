@@ -26,6 +26,7 @@ from trainer.config.tasks import Task, resolve_tasks
 from trainer.data.batch import RequestBatch
 from trainer.data.living_ids import looked_up
 from trainer.data.reader import SequenceLogReader
+from trainer.data.similarity.encoding import parts_of_numbers
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.ranks.process_group import Ranks
 from trainer.run_config import Config
@@ -132,7 +133,9 @@ class AnalysedRun:
         """
         for name, weight in self.dense.items():
             self._refuse_broken(name, weight)
-        found = rows_of_requests((self.looked_up(batch) for batch in batches), self.groups, self.config)
+        parts = parts_of_numbers(self.config.data, self.manifest)
+        looked_up_ = (self.looked_up(batch) for batch in batches)
+        found = rows_of_requests(looked_up_, self.groups, self.config, parts)
         keys = {self.groups[name].table_name(spec): spec.key for name, spec, _ in self.tables()}
         source = self._source()
         for name, spec, _ in self.tables():

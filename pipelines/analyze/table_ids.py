@@ -68,8 +68,8 @@ def ids_of(run: AnalysedRun, table: NamedTable) -> IdsOfTable:
         return _of_map(saved, table.spec.key, rules, rows)
     known = run.manifest.features | run.manifest.context
     feature = table.spec.feature
-    if feature not in known:
-        raise DataError(f"the log has no column of {feature}, whose ids are made while it is read")
+    if feature not in known or known[feature].encoder is not None:
+        raise DataError(f"ids of {feature} are not counted: they are made of numbers while the log is read")
     most = max(_LEAST, _MOST // max(1, len({each.spec.feature for each in run.tables()})))
     found = lookups_of(run.config.data, run.manifest, feature, rows, most)
     owned = np.arange(rows) < known[feature].rows

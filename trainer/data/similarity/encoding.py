@@ -87,6 +87,15 @@ def features_of_tables(data: DataConfig, manifest: LogManifest) -> dict[str, Tab
     return {**manifest.table_features, **similarity_features(data)}
 
 
+def parts_of_numbers(data: DataConfig, manifest: LogManifest) -> list[str]:
+    """The features of tables that an encoder makes of numbers, those of requests and similarities among them.
+
+    Their tables have as many rows as the encoder says, whatever ids a log holds.
+    """
+    of_tables = {**features_of_tables(data, manifest), **manifest.table_context}
+    return [name for name, info in of_tables.items() if info.field]
+
+
 def parts_by_similarity(data: DataConfig) -> dict[str, tuple[str, ...]]:
     """Similarity -> its features, which stand for it where a group names it."""
     return {name: tuple(parts_of(name, settings)) for name, settings in data.similarity.items()}
