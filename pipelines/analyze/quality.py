@@ -99,9 +99,9 @@ def _of_label(found: Study, task: str, part: Part) -> Iterator[tuple[str, list[M
             yield label, own
 
 
-def _interval(name: str, metric: str, own: Sequence[Measured]) -> Interval:
+def _interval(name: str, metric: str, own: Sequence[Measured], label: str) -> Interval:
     joint = over_runs(metric, own)
-    return Interval(name, joint.value, joint.low, joint.high)
+    return Interval(name, joint.value, joint.low, joint.high, series=label)
 
 
 def _whole(found: Study, suffix: str) -> Iterator[Figure | Table]:
@@ -110,7 +110,7 @@ def _whole(found: Study, suffix: str) -> Iterator[Figure | Table]:
     charts = []
     for metric in METRICS:
         rows = tuple(
-            _interval(f"{label}, {task}" if several else label, metric, own)
+            _interval(f"{label}, {task}" if several else label, metric, own, label)
             for task in found.tasks
             for label, own in _of_label(found, task, WHOLE)
         )
@@ -227,7 +227,8 @@ def _chart(found: Study, slicing: Slicing, task: str, metric: str) -> Intervals 
     rows = []
     for number, part in enumerate(slicing.parts):
         for label, own in _of_label(found, task, (slicing.name, number)):
-            row = _interval(f"{part}, {label}" if len(found.labels) > 1 else part, metric, own)
+            name = f"{part}, {label}" if len(found.labels) > 1 else part
+            row = _interval(name, metric, own, label)
             if not math.isnan(row.value):
                 rows.append(row)
     reference = 1.0 if metric == "pcoc" else None

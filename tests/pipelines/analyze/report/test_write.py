@@ -55,6 +55,7 @@ def test_every_figure_has_its_picture_and_its_numbers(out: Path) -> None:
         "value": None,
         "low": None,
         "high": None,
+        "series": "",
     }
     assert read(out / "figures" / "numbers.json")["rows"][3] == ["c", -1, 12345.678, True]
     facts = read(out / "report.json")
