@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from pipelines.analyze.report.model import (
 )
 from pipelines.analyze.runs import AnalysedRun
 from pipelines.analyze.scores import RunScores, scores_of
+from pipelines.analyze.steps import steps_apart
 from trainer.analysis.slices import COMPARED, Comparison, Measured, Slicing, over_runs
 from trainer.quality.bootstrap import METRICS
 from trainer.quality.bootstrap import Interval as Joint
@@ -33,6 +34,8 @@ _TITLES = {"auc": "AUC", "gauc": "GAUC", "logloss": "logloss", "pcoc": "PCOC"}
 _OF_SLICES = ("auc", "logloss", "pcoc")
 # PCOC outside of this, and for certain not 1, is an alarm (docs/evaluation.md).
 _CALIBRATED = (0.8, 1.25)
+# A run that has scored less of what all runs have scored together should be evaluated.
+_ENOUGH = 0.9
 # Slices that are named, of a task and config.
 _MOST_SLICES = 3
 # Of more configs each is compared with the first one only.
@@ -72,7 +75,7 @@ def analyse(runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> Section:
         suffix = f"_{number}" if len(by_log) > 1 else ""
         replicates = found.draws.replicates
         sources += [f"{each.source} ({each.run.name})" for each in of_log]
-        skipped += [*found.skipped, *_left_out(found)]
+        skipped += [*found.skipped, *_left_out(found, of_log)]
         figures += [*_whole(found, suffix), *_differences(found, suffix), *_slices(found, suffix)]
         figures += _calibration(found, suffix)
         findings += [*_alarms(found, suffix), *_sentences(found, suffix)]
@@ -82,11 +85,19 @@ def analyse(runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> Section:
     )
 
 
-def _left_out(found: Study) -> Iterator[str]:
-    """What was not measured, because not all runs have it, or it means something else in each."""
+def _left_out(found: Study, scores: Sequence[RunScores]) -> Iterator[str]:
+    """What was not measured, because not all runs have it, or it means something else in each.
+
+    Args:
+        scores: of the runs, all that they have.
+    """
     own = found.scores[0].scored.size
     if own < found.of:
-        yield f"{found.of - own:,} of {found.of:,} candidates that not all runs have scored are left out"
+        text = f"{found.of - own:,} of {found.of:,} candidates that not all runs have scored are left out"
+        few = [each.run.name for each in scores if each.scored.size < _ENOUGH * found.of]
+        if few:
+            text += f"; run `tandemrec evaluate` on {' and '.join(few)} for narrower intervals"
+        yield text
     for task in found.tasks:
         if not found.comparable(task):
             yield f"{task} is not compared: the runs have different labels of it"
@@ -206,7 +217,8 @@ def _slices(found: Study, suffix: str) -> Iterator[Figure | Table]:
             name = f"quality_by_{slicing.name}{of_task}{suffix}"
             charts = tuple(chart for metric in _OF_SLICES if (chart := _chart(found, slicing, task, metric)))
             if charts:
-                yield Figure(name, f"{task} by {slicing.title}", _SLICED.format(slicing.title), charts)
+                caption = _SLICED.format(slicing.title) + _rates(found, slicing, task)
+                yield Figure(name, f"{task} by {slicing.title}", caption, charts)
             for number, part in enumerate(slicing.parts):
                 for label, own in _of_label(found, task, (slicing.name, number)):
                     rows += [(slicing.title, part, task, label, *_numbers(each)) for each in own]
@@ -220,6 +232,16 @@ _SLICED = (
     "slice only and may be lower in every slice than in all of them together. A slice without an interval "
     "has a single user or one class only. PCOC is 1 where predictions add up to the labels."
 )
+
+
+def _rates(found: Study, slicing: Slicing, task: str) -> str:
+    """A sentence: how often the label is positive in each part, since slices may be sampled differently."""
+    rates = []
+    for number, part in enumerate(slicing.parts):
+        for _, own in islice(_of_label(found, task, (slicing.name, number)), 1):
+            rates.append(f"{part}: {_rate(own):.1%}")
+    _, whole = next(_of_label(found, task, WHOLE))
+    return f" Positive are {_rate(whole):.1%} of all candidates; {', '.join(rates)}."
 
 
 def _chart(found: Study, slicing: Slicing, task: str, metric: str) -> Intervals | None:
@@ -310,15 +332,22 @@ def _slices_off(found: Study, task: str, label: str, suffix: str) -> Iterator[Fi
         for number, part in enumerate(slicing.parts):
             own = found.found[label, task].get((slicing.name, number))
             if own and _off(pcoc := over_runs("pcoc", own)):
-                off.append((abs(math.log(max(pcoc.value, 1e-9))), slicing, part, pcoc))
+                off.append((abs(math.log(max(pcoc.value, 1e-9))), slicing, part, pcoc, _rate(own)))
     off.sort(key=lambda each: -each[0])
-    for _, slicing, part, pcoc in off[:_MOST_SLICES]:
+    usual = _rate(found.found[label, task][WHOLE])
+    for _, slicing, part, pcoc, rate in off[:_MOST_SLICES]:
         of_task = f"_{found.tasks.index(task) + 1}" if len(found.tasks) > 1 else ""
         text = (
             f"{slicing.title}, {part}: the predictions of {task} by {label} add up to "
-            f"{pcoc.value:.2f} [{pcoc.low:.2f}, {pcoc.high:.2f}] times the labels"
+            f"{pcoc.value:.2f} [{pcoc.low:.2f}, {pcoc.high:.2f}] times the labels; positive are "
+            f"{rate:.1%} of these candidates and {usual:.1%} of all"
         )
         yield Finding("notice", text, f"quality_by_{slicing.name}{of_task}{suffix}")
+
+
+def _rate(own: Sequence[Measured]) -> float:
+    """The share of candidates whose label is positive; all runs have the same ones."""
+    return own[0].metrics.positives / max(1, own[0].metrics.samples)
 
 
 def _sentences(found: Study, suffix: str) -> Iterator[Finding]:
@@ -327,4 +356,5 @@ def _sentences(found: Study, suffix: str) -> Iterator[Finding]:
     for task, each in _comparisons(found):
         if each.metric == "auc" and not math.isnan(each.difference.value):
             text = each.sentence() + (f" ({task})" if several else "")
-            yield Finding("notice", text, f"quality_differences{suffix}")
+            text += steps_apart({label: found.steps(label) for label in (each.first, each.second)})
+            yield Finding("notice", text, f"quality_differences{suffix}", compares=True)

@@ -110,7 +110,8 @@ def write_png(figure: Figure, path: Path) -> None:
     with _style():
         width, lines = WIDTH * across, textwrap.wrap(figure.title, int(WIDTH * across / _TITLE_LETTER))
         height = sum(heights) + 0.9 + _TITLE_LINE * max(0, len(lines) - 1)
-        canvas = Canvas(figsize=(width, height), layout="constrained")
+        # Letters are measured at the resolution that they are drawn in: their widths are whole pixels.
+        canvas = Canvas(figsize=(width, height), dpi=_DPI, layout="constrained")
         title = canvas.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=11, fontweight="bold")
         charts = list[tuple[Axes, int]]()
         grid = canvas.add_gridspec(max(1, len(rows)), across, height_ratios=heights or [1])
@@ -132,7 +133,7 @@ def _fit_titles(canvas: Canvas, title: Text, charts: list[tuple[Axes, int]], acr
         charts: axes, and which of the `across` columns of the canvas they are in, from 1.
     """
     canvas.draw_without_rendering()
-    _shrink(title, title.get_window_extent().width, 0.98 * canvas.bbox.width)
+    _shrink(title, title.get_window_extent().width, 0.97 * canvas.bbox.width)
     column = canvas.bbox.width / across
     for axes, number in charts:
         own = axes.set_title(axes.get_title(loc="left"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -240,3 +241,5 @@ def test_a_slice_that_is_out_of_scale_is_named(folders: list[Path], tmp_path: Pa
     assert (
         found[0].text.startswith("behaviors that the request saw, ") and "times the labels" in found[0].text
     )
+    rates = re.search(r"positive are ([\d.]+)% of these candidates and ([\d.]+)% of all", found[0].text)
+    assert rates and float(rates[2]) == pytest.approx(100 * own.label.mean(), abs=0.06)
