@@ -235,7 +235,12 @@ _SLICED = (
 
 
 def _rates(found: Study, slicing: Slicing, task: str) -> str:
-    """A sentence: how often the label is positive in each part, since slices may be sampled differently."""
+    """A sentence: how often the label is positive in each part, since slices may be sampled differently.
+
+    Empty where runs have different labels.
+    """
+    if not found.comparable(task):
+        return ""
     rates = []
     for number, part in enumerate(slicing.parts):
         for _, own in islice(_of_label(found, task, (slicing.name, number)), 1):
