@@ -10,6 +10,9 @@ from typer import Argument, Option
 from launch.options import At, Checkpoint, Device, Split, place_of
 from launch.quick_imports import quick_imports
 
+# Those of `pipelines.analyze.sections`, which takes seconds to import: --help does not wait for it.
+SECTION_NAMES = ("collapse", "entanglement", "gradients", "search", "tables", "quality", "curves")
+
 
 def analyze(
     runs: Annotated[
@@ -20,7 +23,8 @@ def analyze(
         Path, At("--out", metavar="DIR", help="The report's folder; an older report is replaced.")
     ],
     what: Annotated[
-        str, Option(metavar="NAMES", help="Sections, with commas; the default: all. See docs/analysis.md.")
+        str,
+        Option(metavar="NAMES", help=f"With commas, of {', '.join(SECTION_NAMES)}; the default: all."),
     ] = "",
     split: Split = "test",
     checkpoint: Checkpoint = "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from pipelines.analyze.report.model import (
 )
 from pipelines.analyze.runs import AnalysedRun
 from pipelines.analyze.scores import RunScores, scores_of
+from pipelines.analyze.steps import steps_apart
 from trainer.analysis.slices import COMPARED, Comparison, Measured, Slicing, over_runs
 from trainer.quality.bootstrap import METRICS
 from trainer.quality.bootstrap import Interval as Joint
@@ -33,6 +34,8 @@ _TITLES = {"auc": "AUC", "gauc": "GAUC", "logloss": "logloss", "pcoc": "PCOC"}
 _OF_SLICES = ("auc", "logloss", "pcoc")
 # PCOC outside of this, and for certain not 1, is an alarm (docs/evaluation.md).
 _CALIBRATED = (0.8, 1.25)
+# A run that has scored less of what all runs have scored together should be evaluated.
+_ENOUGH = 0.9
 # Slices that are named, of a task and config.
 _MOST_SLICES = 3
 # Of more configs each is compared with the first one only.
@@ -72,7 +75,7 @@ def analyse(runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> Section:
         suffix = f"_{number}" if len(by_log) > 1 else ""
         replicates = found.draws.replicates
         sources += [f"{each.source} ({each.run.name})" for each in of_log]
-        skipped += [*found.skipped, *_left_out(found)]
+        skipped += [*found.skipped, *_left_out(found, of_log)]
         figures += [*_whole(found, suffix), *_differences(found, suffix), *_slices(found, suffix)]
         figures += _calibration(found, suffix)
         findings += [*_alarms(found, suffix), *_sentences(found, suffix)]
@@ -82,11 +85,19 @@ def analyse(runs: Sequence[AnalysedRun], options: AnalyzeOptions) -> Section:
     )
 
 
-def _left_out(found: Study) -> Iterator[str]:
-    """What was not measured, because not all runs have it, or it means something else in each."""
+def _left_out(found: Study, scores: Sequence[RunScores]) -> Iterator[str]:
+    """What was not measured, because not all runs have it, or it means something else in each.
+
+    Args:
+        scores: of the runs, all that they have.
+    """
     own = found.scores[0].scored.size
     if own < found.of:
-        yield f"{found.of - own:,} of {found.of:,} candidates that not all runs have scored are left out"
+        text = f"{found.of - own:,} of {found.of:,} candidates that not all runs have scored are left out"
+        few = [each.run.name for each in scores if each.scored.size < _ENOUGH * found.of]
+        if few:
+            text += f"; run `tandemrec evaluate` on {' and '.join(few)} for narrower intervals"
+        yield text
     for task in found.tasks:
         if not found.comparable(task):
             yield f"{task} is not compared: the runs have different labels of it"
@@ -99,9 +110,9 @@ def _of_label(found: Study, task: str, part: Part) -> Iterator[tuple[str, list[M
             yield label, own
 
 
-def _interval(name: str, metric: str, own: Sequence[Measured]) -> Interval:
+def _interval(name: str, metric: str, own: Sequence[Measured], label: str) -> Interval:
     joint = over_runs(metric, own)
-    return Interval(name, joint.value, joint.low, joint.high)
+    return Interval(name, joint.value, joint.low, joint.high, series=label)
 
 
 def _whole(found: Study, suffix: str) -> Iterator[Figure | Table]:
@@ -110,7 +121,7 @@ def _whole(found: Study, suffix: str) -> Iterator[Figure | Table]:
     charts = []
     for metric in METRICS:
         rows = tuple(
-            _interval(f"{label}, {task}" if several else label, metric, own)
+            _interval(f"{label}, {task}" if several else label, metric, own, label)
             for task in found.tasks
             for label, own in _of_label(found, task, WHOLE)
         )
@@ -206,7 +217,8 @@ def _slices(found: Study, suffix: str) -> Iterator[Figure | Table]:
             name = f"quality_by_{slicing.name}{of_task}{suffix}"
             charts = tuple(chart for metric in _OF_SLICES if (chart := _chart(found, slicing, task, metric)))
             if charts:
-                yield Figure(name, f"{task} by {slicing.title}", _SLICED.format(slicing.title), charts)
+                caption = _SLICED.format(slicing.title) + _rates(found, slicing, task)
+                yield Figure(name, f"{task} by {slicing.title}", caption, charts)
             for number, part in enumerate(slicing.parts):
                 for label, own in _of_label(found, task, (slicing.name, number)):
                     rows += [(slicing.title, part, task, label, *_numbers(each)) for each in own]
@@ -222,12 +234,28 @@ _SLICED = (
 )
 
 
+def _rates(found: Study, slicing: Slicing, task: str) -> str:
+    """A sentence: how often the label is positive in each part, since slices may be sampled differently.
+
+    Empty where runs have different labels.
+    """
+    if not found.comparable(task):
+        return ""
+    rates = []
+    for number, part in enumerate(slicing.parts):
+        for _, own in islice(_of_label(found, task, (slicing.name, number)), 1):
+            rates.append(f"{part}: {_rate(own):.1%}")
+    _, whole = next(_of_label(found, task, WHOLE))
+    return f" Positive are {_rate(whole):.1%} of all candidates; {', '.join(rates)}."
+
+
 def _chart(found: Study, slicing: Slicing, task: str, metric: str) -> Intervals | None:
     """One metric of all parts of a slicing; None where no part has a value."""
     rows = []
     for number, part in enumerate(slicing.parts):
         for label, own in _of_label(found, task, (slicing.name, number)):
-            row = _interval(f"{part}, {label}" if len(found.labels) > 1 else part, metric, own)
+            name = f"{part}, {label}" if len(found.labels) > 1 else part
+            row = _interval(name, metric, own, label)
             if not math.isnan(row.value):
                 rows.append(row)
     reference = 1.0 if metric == "pcoc" else None
@@ -309,15 +337,22 @@ def _slices_off(found: Study, task: str, label: str, suffix: str) -> Iterator[Fi
         for number, part in enumerate(slicing.parts):
             own = found.found[label, task].get((slicing.name, number))
             if own and _off(pcoc := over_runs("pcoc", own)):
-                off.append((abs(math.log(max(pcoc.value, 1e-9))), slicing, part, pcoc))
+                off.append((abs(math.log(max(pcoc.value, 1e-9))), slicing, part, pcoc, _rate(own)))
     off.sort(key=lambda each: -each[0])
-    for _, slicing, part, pcoc in off[:_MOST_SLICES]:
+    usual = _rate(found.found[label, task][WHOLE])
+    for _, slicing, part, pcoc, rate in off[:_MOST_SLICES]:
         of_task = f"_{found.tasks.index(task) + 1}" if len(found.tasks) > 1 else ""
         text = (
             f"{slicing.title}, {part}: the predictions of {task} by {label} add up to "
-            f"{pcoc.value:.2f} [{pcoc.low:.2f}, {pcoc.high:.2f}] times the labels"
+            f"{pcoc.value:.2f} [{pcoc.low:.2f}, {pcoc.high:.2f}] times the labels; positive are "
+            f"{rate:.1%} of these candidates and {usual:.1%} of all"
         )
         yield Finding("notice", text, f"quality_by_{slicing.name}{of_task}{suffix}")
+
+
+def _rate(own: Sequence[Measured]) -> float:
+    """The share of candidates whose label is positive; all runs have the same ones."""
+    return own[0].metrics.positives / max(1, own[0].metrics.samples)
 
 
 def _sentences(found: Study, suffix: str) -> Iterator[Finding]:
@@ -326,4 +361,5 @@ def _sentences(found: Study, suffix: str) -> Iterator[Finding]:
     for task, each in _comparisons(found):
         if each.metric == "auc" and not math.isnan(each.difference.value):
             text = each.sentence() + (f" ({task})" if several else "")
-            yield Finding("notice", text, f"quality_differences{suffix}")
+            text += steps_apart({label: found.steps(label) for label in (each.first, each.second)})
+            yield Finding("notice", text, f"quality_differences{suffix}", compares=True)

@@ -59,6 +59,10 @@ class Study:
     def labels(self) -> list[str]:
         return list(dict.fromkeys(each.run.label for each in self.scores))
 
+    def steps(self, label: str) -> list[int]:
+        """How long the runs of a label were trained."""
+        return [each.run.step for each in self.scores if each.run.label == label]
+
     def comparable(self, task: str) -> bool:
         """Whether all runs that have a task have the same labels of it."""
         own = [each.scored for each in self.scores if task in each.scored.tasks]

@@ -88,7 +88,7 @@ def _measured(case: Case, runs: Sequence[AnalysedRun], options: AnalyzeOptions) 
     truth = _truth_of(case, runs[0], options)
     categories = frequent(truth)
     names = tuple(names_by_vocabulary(runs[0], case.feature, categories))
-    found, skipped = Measured(truth, categories, names, {}, {}, {}, {}), []
+    found, skipped = Measured(truth, categories, names, {}, {}, {}, {}, {}), []
     for run in runs:
         seed = run.seed if options.seed is None else options.seed
         batches = [step.batch for step in run.reader(options.split, options.sample).steps()]
@@ -112,6 +112,7 @@ def _measured(case: Case, runs: Sequence[AnalysedRun], options: AnalyzeOptions) 
         )
         found.runs.setdefault(run.label, []).append(one)
         found.seeds.setdefault(run.label, []).append(run.seed)
+        found.steps.setdefault(run.label, []).append(run.step)
         if one.obstacle:
             skipped.append(
                 f"{run.name}: has no NDCG, since its model {one.obstacle}; what it keeps is measured."

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipelines.analyze.report.model import Bars, Figure, Finding, HeatMap, Line, Lines, Table
+from pipelines.analyze.steps import steps_apart
 from trainer.analysis.search.discriminability import Discriminability
 from trainer.analysis.search.information import Floats, Ints, Truth
 from trainer.analysis.search.measure import OWN, SearchMeasures, Tally
@@ -41,6 +42,7 @@ class Measured:
         runs: label -> its runs; seeds: label -> theirs, in the same order.
         clusters: label -> how well their vectors tell labels apart.
         beside: the references, by name.
+        steps: label -> how long its runs were trained.
     """
 
     truth: Truth
@@ -50,6 +52,7 @@ class Measured:
     seeds: dict[str, list[int]]
     clusters: dict[str, list[Discriminability]]
     beside: dict[str, Tally]
+    steps: dict[str, list[int]]
 
     @property
     def ranked(self) -> dict[str, list[SearchMeasures]]:
@@ -270,11 +273,9 @@ def findings_of(found: Measured, figure: str) -> Iterator[Finding]:
     if len(means) > 1:
         best = max(means, key=lambda label: means[label])
         others = ", ".join(f"{label} {ndcg:.3f}" for label, ndcg in means.items() if label != best)
-        yield Finding(
-            "notice",
-            f"The search of {best} keeps the informative behaviors best: NDCG {means[best]:.3f}; {others}",
-            figure,
-        )
+        text = f"The search of {best} keeps the informative behaviors best: NDCG {means[best]:.3f}; {others}"
+        text += steps_apart({label: found.steps[label] for label in means})
+        yield Finding("notice", text, figure, compares=True)
     clusters = {
         label: float(np.mean([run.normalised.mean() for run in runs]))
         for label, runs in found.clusters.items()
@@ -283,4 +284,5 @@ def findings_of(found: Measured, figure: str) -> Iterator[Finding]:
         best = max(clusters, key=lambda label: clusters[label])
         others = ", ".join(f"{label} {nmi:.4f}" for label, nmi in clusters.items() if label != best)
         text = f"The pooled vectors of {best} tell labels apart best: mean NMI {clusters[best]:.4f}; {others}"
-        yield Finding("notice", text, figure.replace("quality", "discriminability"))
+        text += steps_apart({label: found.steps[label] for label in clusters})
+        yield Finding("notice", text, figure.replace("quality", "discriminability"), compares=True)

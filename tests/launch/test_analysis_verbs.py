@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
+from launch.analysis_verbs import SECTION_NAMES
 from launch.cli import main
 from pipelines.analyze.options import AnalyzeOptions
+from pipelines.analyze.sections import SECTIONS
+
+
+def test_the_help_names_all_sections() -> None:
+    assert list(SECTIONS) == list(SECTION_NAMES)
 
 
 def test_arguments_arrive(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

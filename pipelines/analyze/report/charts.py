@@ -22,8 +22,14 @@ _LONG = 9
 _LETTERS = 36
 # Letters of a standing name that there is room for below a chart, and inches of each more.
 _SHORT, _LETTER = 14, 0.07
+# Letters of a standing name of a column: longer ones would take the room of their heat map.
+_COLUMN = 18
+# Lines of at most so many points have markers.
+_FEW = 12
 # Letters below a chart that have room side by side.
 _ACROSS = 32
+# Points that a marker of a line is wide.
+_SIZE = 4.5
 # Inches of a chart: so wide that its letters can still be read on a phone.
 WIDTH = 3.8
 
@@ -34,10 +40,10 @@ def draw(axes: Axes, chart: Chart, looks: Looks) -> None:
     _KINDS[type(chart)](axes, chart, looks)
 
 
-def short(name: str) -> str:
+def short(name: str, letters: int = _LETTERS) -> str:
     """A name that leaves room for its chart: of a long one both ends, since names often differ there."""
     line = " ".join(name.split())
-    return line if len(line) <= _LETTERS else f"{line[: _LETTERS // 2 - 1]}\u2026{line[-_LETTERS // 2 :]}"
+    return line if len(line) <= letters else f"{line[: letters // 2 - 1]}\u2026{line[-letters // 2 :]}"
 
 
 def size_of(chart: Chart, looks: Looks) -> tuple[float, float]:
@@ -47,7 +53,7 @@ def size_of(chart: Chart, looks: Looks) -> tuple[float, float]:
     if isinstance(chart, Intervals):
         return WIDTH, 0.75 + 0.2 * len(chart.rows)
     if isinstance(chart, HeatMap):
-        below = max((len(short(name)) for name in chart.x), default=0) if _stand(chart) else 0
+        below = max(map(len, _columns(chart)), default=0) if _stand(chart) else 0
         return WIDTH, min(9.0, max(2.2, 1.2 + 0.22 * len(chart.y))) + _LETTER * max(0, below - _SHORT)
     return WIDTH, 2.5
 
@@ -60,9 +66,11 @@ def lies(chart: Bars) -> bool:
 def _lines(axes: Axes, chart: Lines, looks: Looks) -> None:
     for line in chart.lines:
         look = looks[line.name]
-        dash = "dashed" if line.dashed else look.dash
-        marker = look.marker if len(line.x) == 1 else ""
-        axes.plot(line.x, line.y, color=look.colour, linestyle=dash, marker=marker, zorder=2 + look.reference)
+        dash = "dashed" if line.dashed and not look.reference else look.dash
+        # Two points of a reference are a straight line.
+        few = len(line.x) <= _FEW and not (look.reference and len(line.x) == 2)
+        (drawn,) = axes.plot(line.x, line.y, color=look.colour, linestyle=dash, zorder=2 + look.reference)
+        drawn.set(marker=look.marker if few else "", markersize=_SIZE)
         if line.low is not None and line.high is not None:
             axes.fill_between(line.x, line.low, line.high, color=look.colour, alpha=0.16, linewidth=0)
     _name_axes(axes, chart.x_label, chart.y_label)
@@ -91,8 +99,8 @@ def _bars(axes: Axes, chart: Bars, looks: Looks) -> None:
     for name in chart.bars:
         if looks[name].reference:
             strokes = axes.vlines if lying else axes.hlines
-            colour = looks[name].colour
-            strokes(chart.bars[name], places - 0.44, places + 0.44, colors=colour, linewidth=2)
+            look, at = looks[name], (chart.bars[name], places - 0.44, places + 0.44)
+            strokes(*at, colors=look.colour, linestyles=look.dash, linewidth=2)
     axis = axes.yaxis if lying else axes.xaxis
     axis.set_ticks(places, [short(name) for name in chart.groups])
     axis.set_tick_params(length=0)
@@ -130,7 +138,7 @@ def _heat_map(axes: Axes, chart: HeatMap, looks: Looks) -> None:
     colours = mpl.colormaps["cividis" if chart.centre is None else "RdBu_r"].with_extremes(bad=GREY)
     mesh = axes.pcolormesh(values, cmap=colours, vmin=low, vmax=high if high > low else low + 1, linewidth=0)
     mesh.set_rasterized(values.size > 1024)
-    axes.set_xticks(np.arange(len(chart.x)) + 0.5, [short(name) for name in chart.x])
+    axes.set_xticks(np.arange(len(chart.x)) + 0.5, _columns(chart))
     axes.set_yticks(np.arange(len(chart.y)) + 0.5, [short(name) for name in chart.y])
     if _stand(chart):
         axes.tick_params(axis="x", rotation=90)
@@ -142,6 +150,12 @@ def _heat_map(axes: Axes, chart: HeatMap, looks: Looks) -> None:
     bar.outline.set_visible(False)
     if len(chart.x) <= _WRITTEN:
         _write_values(axes, values, mesh)
+
+
+def _columns(chart: HeatMap) -> list[str]:
+    """The names below it; those that stand are shortened further as long as they still differ."""
+    names = [short(name, _COLUMN) for name in chart.x] if _stand(chart) else []
+    return names if len(set(names)) == len(chart.x) else [short(name) for name in chart.x]
 
 
 def _stand(chart: HeatMap) -> bool:
@@ -173,7 +187,8 @@ def _points(axes: Axes, chart: Points, looks: Looks) -> None:
             alpha=0.45 if many else 0.9,
             color=look.colour,
             marker=look.marker,
-            linewidths=0,
+            # Markers of references are strokes.
+            linewidths=1.2 if look.reference else 0,
             rasterized=len(x) > 2000,
         )
         for text, at in zip(texts, zip(x, y, strict=True), strict=False):
@@ -186,8 +201,12 @@ def _intervals(axes: Axes, chart: Intervals, looks: Looks) -> None:
     places = np.arange(len(chart.rows))
     if chart.reference is not None:
         axes.axvline(chart.reference, color=GREY, linewidth=1.2, linestyle="dashed")
-    axes.hlines(places, _of(chart, "low"), _of(chart, "high"), colors=SERIES[0], linewidth=2)
-    axes.plot(_of(chart, "value"), places, "o", color=SERIES[0], markersize=5)
+    own = [looks.get(row.series, Look(SERIES[0])) for row in chart.rows]
+    axes.hlines(
+        places, _of(chart, "low"), _of(chart, "high"), colors=[look.colour for look in own], linewidth=2
+    )
+    for row, place, look in zip(chart.rows, places, own, strict=True):
+        axes.plot(row.value, place, look.marker, color=look.colour, markersize=5)
     axes.set_yticks(places, [short(row.name) for row in chart.rows])
     axes.set_ylim(max(len(chart.rows), 1) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from pipelines.analyze.report.charts import WIDTH, draw, short, size_of
 from pipelines.analyze.report.model import Chart, Figure
@@ -51,6 +54,8 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelsize": 8,
 }
 _PER_ROW, _DPI = 3, 150
+# Inches that a letter of a figure's title takes about, and a line of it.
+_TITLE_LETTER, _TITLE_LINE = 0.09, 0.18
 _FONT = re.compile(r"font: ([^;\"]*?px) [^;\"]*")
 _TAG = re.compile(r"<[^>]*>")
 _HEAD = re.compile(r"^.*?(?=<svg)", re.DOTALL)
@@ -103,16 +108,47 @@ def write_png(figure: Figure, path: Path) -> None:
     rows = [figure.charts[first : first + across] for first in range(0, len(figure.charts), across)]
     heights = [max(size_of(chart, looks)[1] + 0.2 for chart in row) for row in rows]
     with _style():
-        canvas = Canvas(figsize=(WIDTH * across, sum(heights) + 0.9), layout="constrained")
-        canvas.suptitle(figure.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        width, lines = WIDTH * across, textwrap.wrap(figure.title, int(WIDTH * across / _TITLE_LETTER))
+        height = sum(heights) + 0.9 + _TITLE_LINE * max(0, len(lines) - 1)
+        # Letters are measured at the resolution that they are drawn in: their widths are whole pixels.
+        canvas = Canvas(figsize=(width, height), dpi=_DPI, layout="constrained")
+        title = canvas.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=11, fontweight="bold")
+        charts = list[tuple[Axes, int]]()
         grid = canvas.add_gridspec(max(1, len(rows)), across, height_ratios=heights or [1])
         for down, row in enumerate(rows):
             for right, chart in enumerate(row):
-                draw(canvas.add_subplot(grid[down, right]), chart, looks)
+                charts.append((canvas.add_subplot(grid[down, right]), right + 1))
+                draw(charts[-1][0], chart, looks)
         if len(looks) > 1:
             columns = min(len(looks), 2 * across)
             canvas.legend(handles=_handles(looks), loc="outside lower left", ncols=columns)
+        _fit_titles(canvas, title, charts, across)
         canvas.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
+
+
+def _fit_titles(canvas: Canvas, title: Text, charts: list[tuple[Axes, int]], across: int) -> None:
+    """Titles that would be cut off or run into the next chart begin farther left, or get smaller.
+
+    Args:
+        charts: axes, and which of the `across` columns of the canvas they are in, from 1.
+    """
+    canvas.draw_without_rendering()
+    _shrink(title, title.get_window_extent().width, 0.97 * canvas.bbox.width)
+    column = canvas.bbox.width / across
+    for axes, number in charts:
+        own = axes.set_title(axes.get_title(loc="left"))
+        wide = _shrink(own, own.get_window_extent().width, 0.97 * column)
+        over = axes.bbox.x0 + wide - (number - 0.015) * column
+        if over > 0:
+            own.set_x(-over / axes.bbox.width)
+
+
+def _shrink(text: Text, width: float, room: float) -> float:
+    """The width of a text that is at most as wide as its room."""
+    if width <= room:
+        return width
+    text.set_fontsize(float(text.get_fontsize()) * room / width)
+    return room
 
 
 def _handles(looks: dict[str, Look]) -> list[Line2D]:

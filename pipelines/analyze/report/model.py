@@ -126,12 +126,13 @@ class Points:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its interval."""
+    """A value with its interval; intervals of the same `series`, such as a config, have one colour."""
 
     name: str
     value: float
     low: float
     high: float
+    series: str = ""
 
     def __post_init__(self) -> None:
         _set(self, value=float(self.value), low=float(self.low), high=float(self.high))
@@ -190,12 +191,14 @@ class Table:
 class Finding:
     """What stands out: an `alarm` only where something is wrong.
 
-    `figure` is the name of the one that shows it, empty where none does.
+    `figure` is the name of the one that shows it, empty where none does. `compares`: it says how configs
+    differ.
     """
 
     level: Level
     text: str
     figure: str = ""
+    compares: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,9 +244,9 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
-        """Of all sections, alarms first."""
+        """Of all sections, alarms first, then those that compare configs."""
         every = [finding for section in self.sections for finding in section.findings]
-        return sorted(every, key=lambda finding: finding.level != "alarm")
+        return sorted(every, key=lambda finding: (finding.level != "alarm", not finding.compares))
 
 
 def _checked(name: str) -> str:

@@ -15,6 +15,9 @@ SERIES = ("#0b68a8", "#d1600c", "#0a8f68", "#b5579b", "#3f9ad1", "#b98900", "#6b
 Dash = Literal["solid", "dashed", "dashdot", "dotted"]
 _DASHES: tuple[Dash, ...] = ("solid", "dashdot", "dotted")
 _MARKERS = "osD^vP"
+# Of references, all of them grey.
+_GREY_DASHES: tuple[Dash, ...] = ("dashed", "dotted", "dashdot", "solid")
+_GREY_MARKERS = "x+12"
 # What the page calls them.
 VARIABLES: Mapping[str, str] = {
     **{INK: "--ink", SOFT: "--soft", GRID: "--grid", GREY: "--grey", PAPER: "--paper"},
@@ -37,8 +40,10 @@ def names_of(chart: Chart) -> list[str]:
     """The names of a chart's series."""
     if isinstance(chart, Lines):
         return [line.name for line in chart.lines]
-    if isinstance(chart, HeatMap | Intervals):
+    if isinstance(chart, HeatMap):
         return []
+    if isinstance(chart, Intervals):
+        return [row.series for row in chart.rows if row.series]
     return list(chart.bars if isinstance(chart, Bars) else chart.points)
 
 
@@ -51,9 +56,9 @@ def looks_of(figure: Figure) -> dict[str, Look]:
         looks[name] = Look(
             SERIES[place], _DASHES[turn % len(_DASHES)], _MARKERS[(turn + place) % len(_MARKERS)]
         )
-    for name in figure.references:
-        if name in names:
-            looks[name] = Look(GREY, "dashed", "x", reference=True)
+    for number, name in enumerate(name for name in figure.references if name in names):
+        turn = number % len(_GREY_DASHES)
+        looks[name] = Look(GREY, _GREY_DASHES[turn], _GREY_MARKERS[turn], reference=True)
     return looks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -190,6 +191,17 @@ def test_runs_without_a_candidate_in_common_are_not_measured(folders: list[Path]
     assert "no candidate in common" in section.skipped[0] and len(section.skipped) == 1
 
 
+def test_runs_that_should_be_evaluated_are_named(folders: list[Path], tmp_path: Path) -> None:
+    for number in range(2):
+        shutil.copytree(folders[number], tmp_path / str(number))
+    own = read_scores(folders[0] / "scores-test.parquet")
+    with opened(tmp_path / "0", tmp_path / "1") as runs:
+        kept(runs[1], own.part(own.user_id < 20))
+        section = analyse(runs, OPTIONS)
+    assert len(section.skipped) == 1
+    assert section.skipped[0].endswith(f"run `tandemrec evaluate` on {runs[1].name} for narrower intervals")
+
+
 def test_a_split_that_the_log_lacks_is_said(folders: list[Path]) -> None:
     with opened(folders[0]) as runs:
         section = analyse(runs, replace(OPTIONS, split="nothing"))
@@ -240,3 +252,5 @@ def test_a_slice_that_is_out_of_scale_is_named(folders: list[Path], tmp_path: Pa
     assert (
         found[0].text.startswith("behaviors that the request saw, ") and "times the labels" in found[0].text
     )
+    rates = re.search(r"positive are ([\d.]+)% of these candidates and ([\d.]+)% of all", found[0].text)
+    assert rates and float(rates[2]) == pytest.approx(100 * own.label.mean(), abs=0.06)

@@ -6,15 +6,28 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
+from matplotlib.figure import Figure as Canvas
+from matplotlib.text import Text
 from PIL import Image
 
 from embeddings.errors import ConfigError
 from pipelines.analyze.report import write
 from pipelines.analyze.report.draw import svgs_of, write_png
-from pipelines.analyze.report.model import Bars, Figure, HeatMap, Interval, Intervals, Report, Section, Table
+from pipelines.analyze.report.model import (
+    Bars,
+    Figure,
+    Finding,
+    HeatMap,
+    Interval,
+    Intervals,
+    Report,
+    Section,
+    Table,
+)
+from pipelines.analyze.report.palette import looks_of
 from pipelines.analyze.report.write import write_report
 from tests.helpers.reports import HOSTILE, every_chart, small_report
 
@@ -55,6 +68,7 @@ def test_every_figure_has_its_picture_and_its_numbers(out: Path) -> None:
         "value": None,
         "low": None,
         "high": None,
+        "series": "",
     }
     assert read(out / "figures" / "numbers.json")["rows"][3] == ["c", -1, 12345.678, True]
     facts = read(out / "report.json")
@@ -135,6 +149,46 @@ def test_names_that_are_long_leave_room_for_their_charts(tmp_path: Path) -> None
     for svg in drawn[:3]:
         assert "long-xxx" in svg and "xxx-1<" in svg and "x" * 40 not in re.sub(r"<!--.*?-->", "", svg)
         assert f">{names[1]}<" in svg
+
+
+def test_titles_are_not_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Texts of a picture lie in it, and titles of charts in the column of their chart."""
+    words = "how well the pooled vectors of long_name_of_a_config tell positives from negatives"
+    rows = tuple("a name that is long " + str(number) for number in range(3))
+    maps = tuple(HeatMap(f"{words} {number}", "x", "y", rows, rows, [[1, 2, 3]] * 3) for number in range(3))
+    saved = list[Canvas]()
+    monkeypatch.setattr(Canvas, "savefig", lambda canvas, *_, **__: saved.append(canvas))
+    for charts in (maps[:1], maps):
+        write_png(Figure("titles", f"{words} {'x' * 300}", "What is drawn.", charts), tmp_path / "no.png")
+    for canvas, across in zip(saved, (1, 3), strict=True):
+        canvas.draw_without_rendering()
+        (title, *_) = canvas.texts
+        assert title.get_window_extent().x1 <= canvas.bbox.x1
+        own = [axes for axes in canvas.axes if axes.get_title(loc="left")]
+        assert len(own) == across
+        for number, axes in enumerate(own):
+            (text,) = (each for each in axes.get_children() if is_title(each, axes.get_title(loc="left")))
+            left, right = (place * canvas.bbox.width / across for place in (number, number + 1))
+            assert left <= text.get_window_extent().x0 < text.get_window_extent().x1 <= right
+
+
+def is_title(child: object, title: str) -> TypeGuard[Text]:
+    return isinstance(child, Text) and child.get_text() == title
+
+
+def test_references_and_configs_can_be_told_apart() -> None:
+    names = ("newest", "random", "same")
+    rows = (Interval("cold, a", 1, 0, 2, "a"), Interval("cold, b", 1, 0, 2, "b"))
+    charts = (Bars("NDCG", "NDCG", ("x",), {name: [1] for name in names}), Intervals("AUC", "AUC", rows))
+    looks = looks_of(Figure("f", "F", "C", charts, names))
+    assert len({looks[name].dash for name in names}) == len({looks[name].marker for name in names}) == 3
+    assert looks["a"].colour != looks["b"].colour and not looks["a"].reference
+
+
+def test_comparisons_come_first_among_notices() -> None:
+    findings = (Finding("notice", "n"), Finding("notice", "c", compares=True), Finding("alarm", "a"))
+    report = Report("T", empty("E").runs, (Section("s", "S", "I", (), findings),))
+    assert [finding.text for finding in report.findings] == ["a", "c", "n"]
 
 
 def test_a_report_is_refused_where_names_would_meet() -> None:
