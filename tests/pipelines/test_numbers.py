@@ -35,7 +35,7 @@ from trainer.run_config import Config
 from trainer.serving.arrow_body import read_arrow
 from trainer.serving.checks import cut_history
 from trainer.serving.histories import HistoryStore
-from trainer.serving.json_body import JsonForm, ScoreBody
+from trainer.serving.json_body import JsonForm, ScoreBody, read_json
 from trainer.serving.request import Limits, Request, RequestError
 from trainer.serving.scorer import Scorer
 from trainer.snapshot import Snapshot, load_snapshot
@@ -312,6 +312,29 @@ def times(made: Made) -> dict[tuple[int, int], int]:
         for row in rows(made.log)
         for name, time in zip(row["request_id"], row["request_timestamp"], strict=True)
     }
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ("[9.99, Infinity]", "[1]"),
+        ("[9.99, 1e999]", "[1]"),
+        ("[null, 1, NaN]", "[2]"),
+        ("[9.99, true]", "[1]"),
+        ('["1", {}]', "[1]"),
+    ],
+)
+def test_what_is_no_number_of_json_is_told_with_its_place(values: str, place: str) -> None:
+    for part in (
+        '"candidates": {%s}',
+        '"context": {%s}, "candidates": {}',
+        '"history": {"timestamp": [], "features": {%s}}',
+    ):
+        body = '{"requests": [{' + part % f'"price": {values}' + "}]}"
+        where = part.split('"')[1] + (".features" if "history" in part else "")
+        with pytest.raises(RequestError) as refused:
+            read_json(body.encode(), Limits(), {"price"})
+        assert str(refused.value) == f"requests[0].{where}.price{place}: must be a number or null"
 
 
 @pytest.mark.parametrize(
