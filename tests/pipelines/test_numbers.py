@@ -204,7 +204,13 @@ def test_the_log_holds_codes_and_the_manifest_encoders(made: Made) -> None:
     assert [file.name for file in (made.log / "vocab").iterdir()] == ["item_id.parquet"]
     told = "\n".join(report_lines(made.manifest))
     assert "price: numbers, -5 to 4,611,686,018,427,387,904;" in told
-    assert "WARNING: more than 1% of price lies beyond the range of its encoder" in told
+    beyond = made.manifest.report["numbers"]["price"]
+    sides = f"({beyond['below']} below, {beyond['overflow'] - beyond['below']} above)"
+    assert 0 < beyond["below"] < beyond["overflow"]
+    assert (
+        f"more than 1% of price lies beyond the range of its encoder {sides}; widen it if they are real"
+        in told
+    )
     assert made.manifest.report["numbers"]["context_age"]["missing"] > 0
 
 
