@@ -276,7 +276,16 @@ def _matrix(corner: str, columns: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def remarks(split: str, measured: SplitMetrics, tables: Mapping[str, Table], feature: str) -> list[str]:
-    """Plain sentences: what is empty and why, baselines that beat the model, predictions out of scale."""
+    """Plain sentences: what is empty and why, baselines that beat the model, predictions out of scale.
+
+    Where the weights of the loss are what moves predictions, that is said, and nothing is wrong.
+    """
+    moved = [
+        f"{split}, {task}: the loss's weights (e.g. of repeated exposures) shift predictions: "
+        f"PCOC is {own.pcoc:.2f}, weighted PCOC is {own.pcoc_weighted:.2f}"
+        for task, own in measured.tasks.items()
+        if _moved_by_weights(own)
+    ]
     wrong = [
         f"{split}, {task}: {words}"
         for task, own in measured.tasks.items()
@@ -284,7 +293,7 @@ def remarks(split: str, measured: SplitMetrics, tables: Mapping[str, Table], fea
     ]
     wrong += [f"{split}: {words}" for words in _scales(measured)]
     unnamed = [measured.unnamed] if measured.unnamed else []
-    return [*unnamed, *_empty(split, measured.tasks), *wrong, *([_REMEDY] if wrong else [])]
+    return [*unnamed, *_empty(split, measured.tasks), *moved, *wrong, *([_REMEDY] if wrong else [])]
 
 
 def _empty(split: str, metrics: Mapping[str, Metrics]) -> Iterator[str]:
@@ -317,6 +326,9 @@ def _lost(metrics: Metrics, table: Table, feature: str) -> Iterator[str]:
     values = metrics.as_dict()
     for metric, (word, sign) in _COMPARED.items():
         best, own = _best(table, metric, sign), values[metric]
+        if metric == "logloss" and _moved_by_weights(metrics):
+            # Baselines follow labels without weights, which is not what the loss asks for.
+            continue
         if best is None or not sign * own < sign * table[best][metric]:
             continue
         lead, half = own - table[best][metric], table[best].get(f"{metric}_lead_ci")
@@ -338,7 +350,7 @@ def _lost(metrics: Metrics, table: Table, feature: str) -> Iterator[str]:
 
 
 def _scale(metrics: Metrics) -> Iterator[str]:
-    if _out_of_scale(metrics):
+    if _out_of_scale(metrics) and not _moved_by_weights(metrics):
         pcoc = metrics.pcoc
         yield f"PCOC is {pcoc:.2f}: the predictions add up to {pcoc:.2f} times the labels"
 
@@ -350,7 +362,7 @@ def _scales(measured: SplitMetrics) -> Iterator[str]:
         for task in measured.tasks
         if _in_several(domains := measured.of_task(task))
         for domain, own in domains.items()
-        if _out_of_scale(own)
+        if _out_of_scale(own) and not _moved_by_weights(own)
     ]
     if off:
         yield f"by domain, PCOC is {_listed([words for _, words in sorted(off, reverse=True)])}"
@@ -361,6 +373,13 @@ def _out_of_scale(metrics: Metrics) -> bool:
     # Three standard errors of a count: what chance alone may do to few positives is no remark.
     chance = 3 / math.sqrt(max(metrics.rate * metrics.samples, 1)) if metrics.samples else math.inf
     return not low <= metrics.pcoc <= high and abs(metrics.pcoc - 1) > chance
+
+
+def _moved_by_weights(metrics: Metrics) -> bool:
+    """Whether predictions out of scale are what the weights of the loss ask for."""
+    low, high = _CALIBRATED
+    weighted = metrics.pcoc_weighted
+    return weighted is not None and low <= weighted <= high and _out_of_scale(metrics)
 
 
 def baselines_key(split: str) -> str:

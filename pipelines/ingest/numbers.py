@@ -118,13 +118,26 @@ def numbers_in(codes: ir.Value) -> ir.Value:
     return ibis.ifelse(known > 0, known - 1, known).cast("int64")
 
 
+def missing_and_beyond(codes: ir.Value, encoder: Encoder) -> tuple[ir.Value, ir.Value]:
+    """Whether numbers are missing, and whether they are beyond an encoder's range: 0 or 1.
+
+    Args:
+        codes: that no range has cut.
+    """
+    low, high = encoder.limits
+    value = numbers_in(codes)
+    beyond = (codes <= BELOW) | (value < low).fill_null(False) | (value > high).fill_null(False)
+    return (codes == MISSING).cast("int64"), beyond.cast("int64")
+
+
 @dataclass(frozen=True)
 class NumberColumns:
     """The columns of numbers of the raw tables.
 
     Attributes:
         infos: column -> what the manifest says of it.
-        report: column -> rows, missing, overflow, and least and greatest in the column's unit.
+        report: column -> rows, missing, overflow, those of it below the range, and least and greatest in the
+            column's unit.
     """
 
     infos: Mapping[str, FeatureInfo]
@@ -163,6 +176,7 @@ def _measured(engine: Engine, tables: Sequence[ir.Table], encoder: Encoder) -> d
     known = numbers_in(codes.code)
     sums = {"rows": codes.count(), "missing": (codes.code == MISSING).cast("int64").sum()}
     sums |= {"overflow": (codes.code <= BELOW).cast("int64").sum()}
+    sums |= {"below": (codes.code == BELOW).cast("int64").sum()}
     row = engine.rows(codes.aggregate(**sums, least=known.min(), greatest=known.max()))[0]
     found: dict[str, Any] = {name: int(row[name] or 0) for name in sums}
     for end in ("least", "greatest"):
@@ -213,5 +227,15 @@ def number_lines(report: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if found["missing"] == rows:
             lines.append(f"WARNING: {name} has no value in any row")
         elif found["overflow"] * 100 > rows:
-            lines.append(f"WARNING: more than 1% of {name} lies beyond the range of its encoder; widen it")
+            lines.append(
+                f"WARNING: more than 1% of {name} lies beyond the range of its encoder"
+                f"{_sides(found)}; widen it if they are real"
+            )
     return lines
+
+
+def _sides(found: Mapping[str, Any]) -> str:
+    """How many numbers lie on each side of the range; logs of earlier versions do not know."""
+    if "below" not in found:
+        return ""
+    return f" ({found['below']:,} below, {found['overflow'] - found['below']:,} above)"

@@ -22,6 +22,7 @@ from trainer.log.schema import ColumnInfo, LogManifest, SplitInfo
 _QUANTILES = (50, 90, 99)
 _HEAD = ("column", "named by", "type", "read as", "nulls", "from", "to")
 _LONGEST = 28
+_SHORT = "requests_below_min_history"  # of the dropped
 _TOO_LATE = 253_402_300_800  # the year 10,000: no date can be shown
 
 
@@ -83,7 +84,7 @@ def _count_dropped(engine: Engine, counts: Counts, requests: int, config: Ingest
     short = every.history_end < config.requests.min_history
     sums = engine.rows(every.aggregate(all=every.count(), short=short.cast("int64").sum()))[0]
     below = int(sums["short"] or 0)
-    dropped = {"requests_below_min_history": below}
+    dropped = {_SHORT: below}
     if config.requests.per_user:
         dropped["requests_over_per_user"] = int(sums["all"]) - below - requests
     dropped |= config.request_protocol.dropped(engine, counts.tables.events, config)
@@ -116,17 +117,30 @@ def report_lines(manifest: LogManifest) -> list[str]:
     lines += _label_lines(manifest)
     lengths = ", ".join(f"{name} {value:,}" for name, value in report["history_length"].items())
     lines.append(f"history length at request: {lengths}")
-    lines += [
-        f"dropped: {count:,} {reason.replace('_', ' ')}"
-        for reason, count in report["dropped"].items()
-        if count
-    ]
+    lines += _dropped_lines(manifest)
     lines += exposure_lines(report.get("exposure", {}), _exposure_settings(manifest))
     lines += _feature_lines(manifest)
     lines += _time_lines(manifest) + remark_lines(manifest)
     lines += lone_lines(manifest.report, manifest.features)
     lines += column_lines(manifest.columns, manifest.notes)
     return sorted(lines, key=lambda line: line.startswith("WARNING"))
+
+
+def _dropped_lines(manifest: LogManifest) -> list[str]:
+    """A line for each reason; a warning where the history that requests need has cost most of them."""
+    dropped = manifest.report["dropped"]
+    words = {reason: f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count}
+    lines = {reason: f"dropped: {told}" for reason, told in words.items()}
+    if short := dropped.get(_SHORT, 0):
+        requests = sum(info.requests for info in manifest.splits.values())
+        requests += sum(count for reason, count in dropped.items() if reason.startswith("requests_"))
+        key = f"requests.min_history = {manifest.ingest.get('requests', {}).get('min_history')}"
+        lines[_SHORT] = (
+            f"dropped: {short:,} of {requests:,} requests, which have fewer earlier events than {key}"
+        )
+        if 2 * short > requests:
+            lines[_SHORT] = f"WARNING: {lines[_SHORT]}; lower it to keep more"
+    return list(lines.values())
 
 
 def _exposure_settings(manifest: LogManifest) -> dict[str, Any]:
@@ -211,11 +225,16 @@ def preview_lines(survey: Survey) -> list[str]:
     for table in dict.fromkeys(column.table for column in survey.columns):
         theirs = [column for column in survey.columns if column.table == table]
         ranges = [survey.ranges.get((table, column.setting), (0, None, None)) for column in theirs]
-        rows = [_HEAD]
+        beyond = [survey.beyond.get((table, column.setting)) for column in theirs]
+        rows: list[tuple[str, ...]] = [_HEAD]
         rows += [
             (one.column, one.setting, one.found, one.read_as, f"{nulls:,}", _cut(one, least), _cut(one, most))
             for one, (nulls, least, most) in zip(theirs, ranges, strict=True)
         ]
+        if any(count is not None for count in beyond):
+            # Of numbers alone: an encoder's range is nothing that other columns have.
+            told = ["beyond range", *("" if count is None else f"{count:,}" for count in beyond)]
+            rows = [(*row, cell) for row, cell in zip(rows, told, strict=True)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines.append(f"{table}: {survey.rows.get(table, 0):,} rows")
         for row in rows:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import ibis
@@ -20,8 +20,9 @@ from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine
 from pipelines.ingest.faults import bad_cell, cells, check_rows
 from pipelines.ingest.files import RawFile, RawFiles, look
-from pipelines.ingest.numbers import codes, numbers_in, odd_numbers
+from pipelines.ingest.numbers import codes, missing_and_beyond, numbers_in, odd_numbers
 from pipelines.ingest.values import convert, look_at, may_be_broken, of_text
+from trainer.log.encoders.buckets import Buckets
 from trainer.log.schema import ColumnInfo
 
 _TOLD = 10  # names of columns that one line lists
@@ -35,6 +36,7 @@ class Survey:
     Attributes:
         loose: table -> its columns that were read as integers and could as well be text: of CSV, for example.
         measured: whether rows, and ranges of (table, setting): (nulls, least, greatest), are wanted.
+        beyond: (table, setting) of columns with an encoder -> the numbers beyond its range.
     """
 
     columns: list[ColumnInfo] = field(default_factory=list)
@@ -43,6 +45,7 @@ class Survey:
     measured: bool = False
     rows: dict[str, int] = field(default_factory=dict)
     ranges: dict[tuple[str, str], tuple[int, Any, Any]] = field(default_factory=dict)
+    beyond: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,10 @@ def open_files(
         ),
     ]
     if survey.measured:
-        _measure(engine, table, found.what, columns, survey)
+        # A range would hide the ends of a column.
+        wide = [_without_range(column) for column in columns]
+        whole = all_rows([_convert_part(part, wide, targets) for part in parts])
+        _measure(engine, whole, found.what, columns, survey)
     values = {name: table[f"c{place}"] for place, name in enumerate(wanted)}
     for name, need in wanted.items():
         if need.separator:
@@ -290,7 +296,9 @@ def _column_info(table: str, column: Column, target: Target, fact: Mapping[str, 
     if column.need.kind == "quantity":
         read_as = "numbers"
         if fact.get("cut"):
-            note = f"{fact['cut']:,} are rounded to whole numbers; give the encoder a step to keep more"
+            feature = column.need.key.rpartition(": ")[2]
+            rounded = f"{fact['cut']:,} are rounded to whole numbers for {feature}"
+            note = f"{rounded}; give its encoder a step to keep more"
     if column.need.kind == "time":
         read_as = "unix seconds"
         note = f"{fact['cut']:,} times lost a part of a second" if fact.get("cut") else ""
@@ -334,12 +342,30 @@ def _unused_columns(what: str, files: Sequence[RawFile], wanted: Sequence[Column
     ]
 
 
+def _without_range(column: Column) -> Column:
+    """With an encoder that makes the same codes, but has no range."""
+    encoder = column.need.encoder
+    if encoder is None:
+        return column
+    return replace(
+        column, need=replace(column.need, encoder=Buckets(kind="buckets", step=encoder.step, edges=(0,)))
+    )
+
+
 def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Column], survey: Survey) -> None:
-    """Counts the rows and the nulls, and finds the range of each column."""
+    """Counts the rows and the nulls, and finds the range of each column.
+
+    Args:
+        table: with codes of numbers that no range has cut.
+    """
     values: dict[str, ir.Value] = {"rows": table.count()}
     for name, column in zip(table.columns, columns, strict=True):
-        cell = table[name] if column.need.encoder is None else numbers_in(table[name])
-        values |= {f"{name}_nulls": cell.isnull().sum()}
+        cell, none = table[name], table[name].isnull()
+        if (encoder := column.need.encoder) is not None:
+            none, beyond = missing_and_beyond(cell, encoder)
+            cell = numbers_in(cell)
+            values |= {f"{name}_beyond": beyond.sum()}
+        values |= {f"{name}_nulls": none.sum()}
         if not cell.type().is_array():
             values |= {f"{name}_least": cell.min(), f"{name}_most": cell.max()}
     row = engine.rows(table.aggregate(**values))[0]
@@ -347,6 +373,8 @@ def _measure(engine: Engine, table: ir.Table, what: str, columns: Sequence[Colum
     for place, column in enumerate(columns):
         least, most = (row.get(f"c{place}_{end}") for end in ("least", "most"))
         encoder = column.need.encoder
+        if encoder is not None:
+            survey.beyond[what, column.need.key] = int(row[f"c{place}_beyond"] or 0)
         if encoder is not None and encoder.step != 1:
             # What was measured are steps, and people know the column's unit.
             least, most = (None if end is None else end * encoder.step for end in (least, most))

@@ -35,7 +35,7 @@ from trainer.run_config import Config
 from trainer.serving.arrow_body import read_arrow
 from trainer.serving.checks import cut_history
 from trainer.serving.histories import HistoryStore
-from trainer.serving.json_body import JsonForm, ScoreBody
+from trainer.serving.json_body import JsonForm, ScoreBody, read_json
 from trainer.serving.request import Limits, Request, RequestError
 from trainer.serving.scorer import Scorer
 from trainer.snapshot import Snapshot, load_snapshot
@@ -204,7 +204,13 @@ def test_the_log_holds_codes_and_the_manifest_encoders(made: Made) -> None:
     assert [file.name for file in (made.log / "vocab").iterdir()] == ["item_id.parquet"]
     told = "\n".join(report_lines(made.manifest))
     assert "price: numbers, -5 to 4,611,686,018,427,387,904;" in told
-    assert "WARNING: more than 1% of price lies beyond the range of its encoder" in told
+    beyond = made.manifest.report["numbers"]["price"]
+    sides = f"({beyond['below']} below, {beyond['overflow'] - beyond['below']} above)"
+    assert 0 < beyond["below"] < beyond["overflow"]
+    assert (
+        f"more than 1% of price lies beyond the range of its encoder {sides}; widen it if they are real"
+        in told
+    )
     assert made.manifest.report["numbers"]["context_age"]["missing"] > 0
 
 
@@ -312,6 +318,29 @@ def times(made: Made) -> dict[tuple[int, int], int]:
         for row in rows(made.log)
         for name, time in zip(row["request_id"], row["request_timestamp"], strict=True)
     }
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ("[9.99, Infinity]", "[1]"),
+        ("[9.99, 1e999]", "[1]"),
+        ("[null, 1, NaN]", "[2]"),
+        ("[9.99, true]", "[1]"),
+        ('["1", {}]', "[1]"),
+    ],
+)
+def test_what_is_no_number_of_json_is_told_with_its_place(values: str, place: str) -> None:
+    for part in (
+        '"candidates": {%s}',
+        '"context": {%s}, "candidates": {}',
+        '"history": {"timestamp": [], "features": {%s}}',
+    ):
+        body = '{"requests": [{' + part % f'"price": {values}' + "}]}"
+        where = part.split('"')[1] + (".features" if "history" in part else "")
+        with pytest.raises(RequestError) as refused:
+            read_json(body.encode(), Limits(), {"price"})
+        assert str(refused.value) == f"requests[0].{where}.price{place}: must be a number or null"
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def decode(
     if content_type != "application/json":
         kinds = f"application/json or {arrow_body.MEDIA_TYPE}"
         raise RequestError(415, f"content type {content_type[:80]!r} is not read; send {kinds}")
-    sent = read_json(body, limits)
+    sent = read_json(body, limits, scorer.needs.encoders)
     if sent.asked is not None:
         check_exploration(scorer.snapshot)
     raw, requests = sent.ids == "raw", []

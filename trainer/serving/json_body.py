@@ -7,8 +7,11 @@ that the snapshot was trained on, or raw values where the body says so and the s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import chain
+from operator import getitem
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -113,8 +116,11 @@ class ScoreBody(ExplorationFields):
     ids: Literal["dense", "raw"] = "dense"
 
 
-def read_json(given: bytes | memoryview, limits: Limits) -> ScoreBody:
+def read_json(given: bytes | memoryview, limits: Limits, numbers: Container[str] = ()) -> ScoreBody:
     """The body, parsed once it is known that this takes little memory.
+
+    Args:
+        numbers: the features that are numbers, for messages.
 
     Raises:
         RequestError: 413 above a limit; 422 naming the place of the first mistake.
@@ -153,7 +159,9 @@ def read_json(given: bytes | memoryview, limits: Limits) -> ScoreBody:
         return ScoreBody.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place, problem = path_in(tree, first["loc"])[:200], words_of(dict(first), json=True)
+        place, problem = path_in(tree, first["loc"]), words_of(dict(first), json=True)
+        place, problem = _of_number(tree, first["loc"], numbers) or (place, problem)
+        place = place[:200]
         raise RequestError(422, f"{place}: {problem}"[:500] if place else problem[:300]) from None
 
 
@@ -166,6 +174,31 @@ def _objects(tree: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(value)
 
 
+def _of_number(tree: Any, location: Sequence[int | str], numbers: Container[str]) -> tuple[str, str] | None:
+    """Place and problem of the first wrong value of a feature that is a number; None for all else.
+
+    Pydantic compares a list with all forms that a feature may have, and reports the first form, that of ids.
+    """
+    keys = list(location)
+    end = 5 if keys[2:4] == ["history", "features"] else 4
+    parts = (["candidates"], ["context"], ["history", "features"])
+    if len(keys) < end or keys[2 : end - 1] not in parts or keys[end - 1] not in numbers:
+        return None
+    place, given = path_in(tree, keys[:end]), reduce(getitem, keys[:end], tree)
+    if not isinstance(given, list):
+        return place, _NO_NUMBER if keys[2] == "context" else "must be a list"
+    wrong = (at for at, value in enumerate(given) if not _is_number(value))
+    return next(((f"{place}[{at}]", _NO_NUMBER) for at in wrong), None)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether JSON may say a number so: true and false are none, and JSON has no infinity and no NaN."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or (isinstance(value, int | str) and not isinstance(value, bool))
+
+
+_NO_NUMBER = "must be a number or null"
 _NO_ID = "must be a valid integer of 64 bits"
 
 

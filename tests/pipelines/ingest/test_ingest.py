@@ -340,7 +340,11 @@ def test_dropped_requests_are_counted(tmp_path: Path) -> None:
     assert manifest.report["dropped"]["events_without_request"] == 1
     assert manifest.report["history_length"] == {"p50": 5, "p90": 5, "p99": 5, "max": 6}
     assert manifest.splits["test"].files == [] and not (tmp_path / "log" / "test").exists()
-    assert "dropped: 3 requests below min history" in report_lines(manifest)
+    told = "dropped: 3 of 6 requests, which have fewer earlier events than requests.min_history = 4"
+    assert told in report_lines(manifest)
+    none = {name: info.model_copy(update={"requests": 0}) for name, info in manifest.splits.items()}
+    fewer = manifest.model_copy(update={"splits": none})
+    assert f"WARNING: {told.replace('of 6', 'of 3')}; lower it to keep more" in report_lines(fewer)
 
 
 BAD: dict[str, tuple[dict[str, pa.Array], str]] = {

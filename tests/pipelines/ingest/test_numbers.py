@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from embeddings.errors import DataError
 from pipelines.ingest.engine import connect
 from pipelines.ingest.files import look
-from pipelines.ingest.ingest import ingest, report_lines
+from pipelines.ingest.ingest import ingest, preview, report_lines
 from pipelines.ingest.numbers import quantile_edges
 from pipelines.ingest.sections import EngineConfig
 from tests.helpers.numbers import check_codes
@@ -132,5 +133,22 @@ def test_edges_of_users_are_those_of_all_of_them(tmp_path: Path) -> None:
     assert manifest.context["years"].encoder == Buckets(kind="buckets", edges=(30.25,), step=0.01)
     told = report_lines(manifest)
     assert "context years: numbers, 20 to 30.25; 1 of 3 missing, 0 beyond the range" in told
-    rounded = "age is read as numbers: 1 are rounded to whole numbers; give the encoder a step to keep more"
+    rounded = (
+        "age is read as numbers: 1 are rounded to whole numbers for age; give its encoder a step to keep more"
+    )
     assert any(rounded in line for line in told), told
+
+
+def test_the_preview_shows_what_lies_beyond_a_range_apart_from_nulls(tmp_path: Path) -> None:
+    given = write_ages(tmp_path / "events.csv", ["-3.5", "", "1e3", "inf", *["30"] * 8])
+    encoder = {"kind": "mnse", "range": [0, 100], "step": 0.5}
+    told: list[str] = []
+    preview(given, plan(features=[{"name": "age", "encoder": encoder, "side": "history"}]), told.append)
+    head, *_ = [re.split("  +", line.strip()) for line in told if "named by" in line]
+    (age,) = [re.split("  +", line.strip()) for line in told if line.startswith("  age")]
+    assert dict(zip(head[4:], age[4:], strict=True)) == {
+        "nulls": "1",
+        "from": "-3.5",
+        "to": "1000",
+        "beyond range": "3",
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,27 @@ def test_predictions_out_of_scale_are_told() -> None:
                 f"validation, click: PCOC is {own.pcoc:.2f}: the predictions add up to {own.pcoc:.2f} times "
                 "the labels"
             )
+
+
+def test_what_the_weights_of_the_loss_shift_is_no_warning() -> None:
+    table = {"click": {"item_rate": {"logloss": 0.1, "logloss_lead_ci": 0.05}}}
+    own = replace(measured(1.6), pcoc_weighted=1.04)
+    (said,) = remarks("test", SplitMetrics({"click": own}), table, "c")
+    assert said == (
+        "test, click: the loss's weights (e.g. of repeated exposures) shift predictions: "
+        f"PCOC is {own.pcoc:.2f}, weighted PCOC is 1.04"
+    )
+    domains = {name: {"click": own} for name in "ab"}
+    assert remarks("test", SplitMetrics({"click": own}, domains), table, "c") == [said]
+    # Weights explain neither an order that is worse, nor a scale that they do not mend.
+    better = {"click": {"item_rate": {**BETTER, **table["click"]["item_rate"]}}}
+    lost = remarks("test", SplitMetrics({"click": own}), better, "c")[1]
+    assert "loses to `item rate`: AUC" in lost and "logloss" not in lost
+    for weighted in (1.5, math.nan):
+        told = remarks("test", SplitMetrics({"click": replace(own, pcoc_weighted=weighted)}), table, "c")
+        assert "loses to `item rate`: logloss" in told[0] and "PCOC is" in told[1] and len(told) == 3
+    fits = replace(measured(), pcoc_weighted=1.0)
+    assert "logloss" in remarks("test", SplitMetrics({"click": fits}), table, "c")[0]
 
 
 def test_an_empty_metric_and_its_reason_are_told_once_for_all_tasks() -> None:
