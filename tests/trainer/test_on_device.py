@@ -250,12 +250,12 @@ def test_scores_of_an_evaluation_leave_the_device_by_one_wait_each(preset: str, 
     config = small_config(preset, log)
     (_, cpu, batch), found = made(config, torch.device("cpu")), []
     with torch.no_grad():
-        expected = _rows(batch, cpu.eval()(batch).logits)
+        expected = _rows(batch, cpu.eval()(batch).logits, weighted=False)
         with StandIn() as device:
             _, whole, batch = made(config, CUDA)
             batch = on_device(batch)
             device.reset()
-            found = [part.cpu() for part in _rows(batch, whole.eval()(batch).logits)]
+            found = [part.cpu() for part in _rows(batch, whole.eval()(batch).logits, weighted=False)]
     assert torch.allclose(found[0], expected[0], atol=1e-5) and torch.equal(found[1], expected[1])
     device.waits.subtract({line: 2 for line in device.waits if line.startswith("elsewhere")})
     assert not too_many(+device.waits, RANKED_EXACTLY), device.waits
