@@ -136,7 +136,8 @@ def _measured(case: Case, runs: Sequence[AnalysedRun], options: AnalyzeOptions) 
 
 def _truth_of(case: Case, run: AnalysedRun, options: AnalyzeOptions) -> Truth:
     data = DataConfig(log=run.config.data.log, history_length=case.length, order="stored", verify=False)
-    limit = options.sample * _COUNTED
-    reader = SequenceLogReader(data, "train", None, tasks=run.tasks, limit=limit, manifest=run.manifest)
-    rows = run.manifest.features[case.feature].rows
+    limit, rows = options.sample * _COUNTED, run.manifest.features[case.feature].rows
+    # Columns of other features are not even read.
+    known = {case.feature: rows}
+    reader = SequenceLogReader(data, "train", known, tasks=run.tasks, limit=limit, manifest=run.manifest)
     return count_truths(read_impressions(reader, case.feature, case.length, rows), rows, (TRUTH,))[TRUTH]
