@@ -77,22 +77,25 @@ def score(
     size = f"{counted.candidates:,} candidates of {counted.requests:,} requests"
     print(f"{size} scored by {shown(snapshot, loaded.path)} -> {out}", *remarks, sep="\n")
     if against is not None:
-        with tempfile.TemporaryDirectory() as scratch:
-            some, known = (ScoreFiles([file], Path(scratch)) for file in (out, against))
-            worst, equal = compare_scores(some, known)
-        if worst == float("inf"):
-            problem = "lacks scores of some of these requests; is it of the same split, and of all of it?"
-            raise DataError(problem, file=against)
-        bound = loaded.manifest.score_bound
-        kept = f"{equal:.2%} bit-equal, bound {bound:.0e}"
-        print(f"largest difference to the trainer's own scores: {worst:.3g} ({kept})")
-        if not worst <= bound:
-            problem = (
-                f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}; are these, too, of "
-            )
-            problem += f"step {loaded.manifest.step:,}, as the snapshot is? `evaluate` says which it measures"
-            raise SnapshotError(loaded.path, problem)
+        _compare(out, against, loaded)
     return out
+
+
+def _compare(out: Path, against: Path, loaded: Snapshot) -> None:
+    """Say how far scores lie from those of the trainer, and refuse what lies beyond the snapshot's bound."""
+    with tempfile.TemporaryDirectory() as scratch:
+        some, known = (ScoreFiles([file], Path(scratch)) for file in (out, against))
+        worst, equal = compare_scores(some, known)
+    if worst == float("inf"):
+        problem = "lacks scores of some of these requests; is it of the same split, and of all of it?"
+        raise DataError(problem, file=against)
+    bound = loaded.manifest.score_bound
+    kept = f"{equal:.2%} bit-equal, bound {bound:.0e}"
+    print(f"largest difference to the trainer's own scores: {worst:.3g} ({kept})")
+    if not worst <= bound:
+        problem = f"scores differ by {worst:.3g} from {against}, more than {bound:.0e}; are these, too, of "
+        problem += f"step {loaded.manifest.step:,}, as the snapshot is? `evaluate` says which it measures"
+        raise SnapshotError(loaded.path, problem)
 
 
 def refuse_sample(file: Path) -> None:

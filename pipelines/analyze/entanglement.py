@@ -118,7 +118,7 @@ def _features(manifest: LogManifest) -> tuple[str, str]:
     sizes = {
         name: info.rows
         for name, info in manifest.features.items()
-        if info.of_candidates and not info.multi and getattr(info, "encoder", None) is None
+        if info.of_candidates and not info.multi and info.encoder is None
     }
     if not sizes:
         return "", ""

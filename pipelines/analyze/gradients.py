@@ -6,12 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from embeddings.errors import CheckpointError
+from pipelines.analyze.means import mean_of_known
 from pipelines.analyze.options import AnalyzeOptions
 from pipelines.analyze.report.model import Figure, Finding, HeatMap, Line, Lines, Section, Table
 from pipelines.analyze.runs import AnalysedRun
@@ -99,11 +99,11 @@ def _table(of_labels: Mapping[str, Sequence[Entries]]) -> Table:
     for label, seeds in of_labels.items():
         for unit in _units(seeds):
             attention, representation = (
-                _mean([_mean_norm(entries, unit, role) for entries in seeds])
+                mean_of_known([_mean_norm(entries, unit, role) for entries in seeds])
                 for role in (ATTENTION, REPRESENTATION)
             )
             cosine, in_rows, in_steps = (
-                _mean([_weighted(list(_values(entries, unit, *keys))) for entries in seeds])
+                mean_of_known([_weighted(list(_values(entries, unit, *keys))) for entries in seeds])
                 for keys in (("cosine",), ("conflict", "rows"), ("conflict", "steps"))
             )
             ratio = representation / attention if attention else math.nan
@@ -133,11 +133,6 @@ def _values(entries: Entries, unit: str, key: str, part: str = "") -> Iterator[t
     for _, entry in entries:
         if unit in entry[key]:
             yield (entry[key][unit][part] if part else entry[key][unit]), entry["steps"]
-
-
-def _mean(values: Sequence[float]) -> float:
-    there = [value for value in values if not math.isnan(value)]
-    return fmean(there) if there else math.nan
 
 
 def _line(name: str, seeds: Sequence[Mapping[int, float]]) -> Line:

@@ -73,7 +73,7 @@ def _feature_of(run: AnalysedRun) -> tuple[str, str]:
         if info.side == "both"
         and not info.multi
         and info.rows <= _MOST_CATEGORIES
-        and getattr(info, "encoder", None) is None
+        and info.encoder is None
         and not run.config.id_rules.get(name)
     }
     if not fitting:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 
+from pipelines.analyze.means import mean_of_known
 from pipelines.analyze.report.model import Bars, Figure, Finding, HeatMap, Line, Lines, Table
 from pipelines.analyze.steps import steps_apart
 from trainer.analysis.search.discriminability import Discriminability
@@ -75,13 +75,8 @@ def figures_of(case: Case, found: Measured, end: str) -> Iterator[Figure | Table
         yield _clusters(found, end)
 
 
-def _mean(values: Sequence[float]) -> float:
-    there = [value for value in values if not math.isnan(value)]
-    return fmean(there) if there else math.nan
-
-
 def _of(runs: Sequence[SearchMeasures], measure: Callable[[Tally], float]) -> float:
-    return _mean([measure(run.tallies[TRUTH][OWN]) for run in runs])
+    return mean_of_known([measure(run.tallies[TRUTH][OWN]) for run in runs])
 
 
 def _quality(found: Measured, end: str) -> Table:
@@ -123,7 +118,7 @@ def _quality(found: Measured, end: str) -> Table:
 
 def _measures(found: Measured, runs: Sequence[SearchMeasures]) -> tuple[float, ...]:
     """The columns of some runs: means."""
-    share = _mean([run.kept[TRUTH].share for run in runs if TRUTH in run.kept])
+    share = mean_of_known([run.kept[TRUTH].share for run in runs if TRUTH in run.kept])
     ranked = [run for run in runs if not run.obstacle and run.candidates]
     return runs[0].k, *_three(ranked, runs[0].k), _cells(found, ranked), share
 
@@ -139,7 +134,7 @@ def _three(runs: Sequence[SearchMeasures], k: int) -> tuple[float, float, float]
 def _cells(found: Measured, runs: Sequence[SearchMeasures]) -> float:
     """The mean rank correlation over the cells of target categories."""
     information = truth_of(found.truth, found.categories)
-    return _mean(
+    return mean_of_known(
         [float(value) for run in runs for value in rank_correlations(run.learned.mean(), information)]
     )
 
@@ -162,7 +157,10 @@ def _by_category(case: Case, found: Measured, end: str) -> Figure:
 
 def _of_categories(found: Measured, runs: Sequence[SearchMeasures]) -> list[float]:
     tallies = [run.tallies[TRUTH][OWN] for run in runs]
-    return [_mean([tally.mean_of_category("ndcg", int(of)) for tally in tallies]) for of in found.categories]
+    return [
+        mean_of_known([tally.mean_of_category("ndcg", int(of)) for tally in tallies])
+        for of in found.categories
+    ]
 
 
 def _by_recency(found: Measured, end: str) -> Figure:
