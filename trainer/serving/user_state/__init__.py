@@ -1,0 +1,1 @@
+"""What follows from a history alone: kept for a user from one request to the next."""
