@@ -1,4 +1,4 @@
-"""The second level of user states: where those that another process made are found, or one that was dropped here.
+"""The second level of user states: those that another process made, or that were dropped in this one.
 
 A store holds bytes under keys and knows nothing of what they mean. `trainer.serving.user_state.codec` makes
 bytes of a state and verifies what comes back. `trainer.serving.user_state.guarded` keeps the failures of a
