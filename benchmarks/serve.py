@@ -49,8 +49,8 @@ from trainer.config.toml import Settings, load_settings
 from trainer.log.bags import Bags
 from trainer.run_config import Config
 from trainer.serving.arrow_body import MEDIA_TYPE
-from trainer.serving.batcher import BatchSettings
 from trainer.serving.request import History, Limits, Request
+from trainer.serving.scheduler import BatchSettings
 from trainer.serving.scorer import Scorer
 from trainer.snapshot import Snapshot
 from trainer.snapshot.manifest import InputFeature

@@ -302,8 +302,8 @@ def serve(
     with quick_imports():
         from pipelines.serve.load import LoadLimits
         from pipelines.serve.serve import serve as run
-    from trainer.serving.batcher import BatchSettings
     from trainer.serving.request import Limits
+    from trainer.serving.scheduler import BatchSettings
 
     limits = Limits(max_body, max_requests, max_history, max_candidates, max_bag, max_ids, max_json)
     load = LoadLimits(max_connections, max_in_flight, client_seconds)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -27,13 +26,13 @@ from pipelines.serve.updates import Updates
 from pipelines.serve.users import UserBody, UsersBody, user_body, users_body
 from trainer.config.mistakes import words_of
 from trainer.serving import arrow_body
-from trainer.serving.batcher import Batcher, BatchSettings
-from trainer.serving.body import decode, encode
+from trainer.serving.call import Call
+from trainer.serving.core import CoreSettings, ScoringCore
 from trainer.serving.json_body import ScoreBody
 from trainer.serving.request import Limits, RequestError
+from trainer.serving.scheduler import BatchSettings
 from trainer.serving.versions import Versions
 
-Result = TypeVar("Result")
 _PAGE = Path(__file__).with_name("page.html")
 _CSP = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -60,32 +59,25 @@ class Service:
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.batcher = Batcher(self.batching, self.metrics.scored)
+        self.core = ScoringCore(self.versions, CoreSettings(self.limits, self.batching), self.metrics)
         self.in_flight = InFlight(self.load.in_flight)
         self.metrics.in_flight.set_function(lambda: self.in_flight.held)
-        # One body at a time becomes larger, and the event loop goes on meanwhile.
-        self.decoder = ThreadPoolExecutor(1, "decode")
         self.updates = Updates(self.versions, self.metrics, self.poll_seconds)
         self.metrics.serving(self.versions.scorer)
 
-    async def in_thread(self, work: Callable[..., Result], *given: Any) -> Result:
-        """The result of work that may take long, done in the thread that decodes bodies."""
-        return await asyncio.get_running_loop().run_in_executor(self.decoder, work, *given)
-
 
 def build_app(service: Service) -> FastAPI:
-    """All paths of the server; its batcher runs as long as the app does."""
+    """All paths of the server; its core runs as long as the app does."""
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
-        service.tasks = [asyncio.create_task(service.batcher.run())]
+        service.tasks = [asyncio.create_task(service.core.run())]
         service.tasks += [asyncio.create_task(service.updates.poll())] if service.poll_seconds else []
         yield
         for task in service.tasks:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        service.decoder.shutdown()
 
     # Its interactive pages would load scripts from other hosts.
     app = FastAPI(title="tandemrec", docs_url=None, redoc_url=None, lifespan=running)
@@ -109,7 +101,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     def of_error(_: Request, error: Exception) -> Response:
         if isinstance(error, RequestError):
-            retry = {"Retry-After": "1"} if error.status in (429, 503) else None
+            seconds = error.retry_after or (1 if error.status in (429, 503) else None)
+            retry = {"Retry-After": str(seconds)} if seconds else None
             return answer(error.status, str(error), retry)
         if isinstance(error, HTTPException):
             return answer(error.status_code, str(error.detail), error.headers)
@@ -137,7 +130,7 @@ def _add_score(app: FastAPI, service: Service) -> None:
     @app.post(
         "/score",
         response_model=AnswerBody,
-        responses=_errors(400, 404, 408, 413, 415, 422, 429, 503),
+        responses=_errors(400, 404, 408, 413, 415, 422, 429, 503, 504),
         openapi_extra={"requestBody": {"required": True, "content": content}},
     )
     async def score(request: Request) -> Response:
@@ -164,20 +157,9 @@ async def _answer(request: Request, service: Service, hold: Hold) -> Response:
     """The answer. Its bytes count as held until the client has taken them."""
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     given = await read_body(request, service.limits, hold, service.load.seconds)
-    service.batcher.check_room()
-    arrived = time.perf_counter()
-    scorer, histories = service.versions.scorer, service.versions.histories
-    decoded = await service.in_thread(decode, given, content_type, scorer, histories, service.limits)
-    del given
-    hold.resize(sum(each.bytes for each in decoded.requests))
-    service.metrics.stage.labels("decode").observe(time.perf_counter() - arrived)
-    scored = await service.batcher.score(scorer, decoded.requests, decoded.explain, decoded.exploration)
-    service.metrics.unknown.inc(sum(sum(part.unknown.values()) for part in scored))
     as_arrow = arrow_body.MEDIA_TYPE in request.headers.get("accept", "")
-    content = encode(scored, scorer, decoded, as_arrow)
-    hold.resize(len(content))
-    service.metrics.latency.observe(time.perf_counter() - arrived)
-    return HeldAnswer(content, hold, arrow_body.MEDIA_TYPE if as_arrow else "application/json")
+    reply = await service.core.score(Call(given, content_type, as_arrow, hold=hold.resize))
+    return HeldAnswer(reply.content, hold, reply.media_type)
 
 
 def _health(service: Service) -> HealthBody:
@@ -220,6 +202,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
         """Whether requests are scored: 503 where what scores them has ended."""
         if any(task.done() for task in service.tasks):
             raise RequestError(503, "the server's own work has ended; start it anew")
+        if not service.core.state.ready:
+            raise RequestError(503, "; ".join(service.core.state.problems))
         updates = service.updates
         looks = f"failing: {updates.problem}" if updates.problem else "working"
         return ReadyBody(status="ready", updates=looks if updates.seconds else "off")
@@ -252,7 +236,7 @@ def _add_page(app: FastAPI, service: Service) -> None:
     @app.get("/users", response_model=UsersBody, responses=_errors(404, 422))
     async def users(name: str | None = None) -> UsersBody:
         """The first users whose histories the server has, or the one of a name."""
-        return await service.in_thread(users_body, service.versions.histories, name)
+        return await service.core.in_thread(users_body, service.versions.histories, name)
 
     @app.get("/users/{user_id}", response_model=UserBody, responses=_errors(404, 422))
     async def user(user_id: int) -> UserBody:
@@ -262,4 +246,4 @@ def _add_page(app: FastAPI, service: Service) -> None:
             raise RequestError(404, f"no stored history of user {str(user_id)[:20]}")
         scorer = service.versions.scorer
         given = histories, user_id, scorer.columns.labels.tasks, service.limits, scorer.needs.living
-        return await service.in_thread(user_body, *given)
+        return await service.core.in_thread(user_body, *given)

@@ -17,9 +17,9 @@ from pipelines.serve.app import Service, build_app
 from pipelines.serve.load import LoadLimits, protocol
 from pipelines.serve.metrics import Metrics
 from pipelines.serve.updates import read_token
-from trainer.serving.batcher import BatchSettings
 from trainer.serving.histories import HistoryStore
 from trainer.serving.request import Limits
+from trainer.serving.scheduler import BatchSettings
 from trainer.serving.versions import Versions
 
 

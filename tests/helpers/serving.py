@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from trainer.data.reader import SequenceLogReader
 from trainer.log.schema import LogManifest, read_manifest
 from trainer.run_config import Config
 from trainer.run_folder import versions
-from trainer.serving.batcher import BatchSettings
 from trainer.serving.histories import HistoryStore
 from trainer.serving.json_body import RequestBody
 from trainer.serving.request import Limits
+from trainer.serving.scheduler import BatchSettings
 from trainer.serving.versions import Versions
 from trainer.snapshot import Snapshot
 from trainer.snapshot.loading import RecordedRequests
@@ -231,6 +231,12 @@ def service_of(
     limits = {name: settings.pop(name) for name in list(settings) if name in Limits.__annotations__}
     load = settings.pop("load", LoadLimits())
     return Service(versions, metrics, Limits(**limits), BatchSettings(**settings), poll, load, TOKEN)
+
+
+def set_limits(service: Service, limits: Limits) -> None:
+    """Other limits from now on."""
+    service.limits = limits
+    service.core.settings = replace(service.core.settings, limits=limits)
 
 
 @asynccontextmanager

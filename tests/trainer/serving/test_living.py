@@ -24,10 +24,10 @@ from trainer.data.reader import SequenceLogReader
 from trainer.log.hashed_ids import hash_text
 from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import process_group
-from trainer.serving.batcher import BatchSettings
 from trainer.serving.histories import HistoryStore
 from trainer.serving.raw_ids import raw_ids
 from trainer.serving.request import Limits, RequestError
+from trainer.serving.scheduler import BatchSettings
 from trainer.serving.versions import Versions
 from trainer.snapshot import load_snapshot
 
