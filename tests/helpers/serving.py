@@ -59,6 +59,7 @@ class Described:
     ids: dict[str, SnapshotIds] = field(default_factory=dict)
     vectors: dict[str, SnapshotVectors] = field(default_factory=dict)
     step: int = 7
+    exported_at: int | None = None
     score_bound: float = 1e-6
     mean_bound: float = 1e-6
 
