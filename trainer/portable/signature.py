@@ -111,7 +111,7 @@ def columns_of(snapshot: Snapshot) -> Columns:
 
 def feature_of(key: str) -> str:
     """The feature that a key of tables is of: a group may have rows of its own for one, `<feature>@<group>`."""
-    return key.split("@")[0]
+    return key.split("@", maxsplit=1)[0]
 
 
 def signature_of(snapshot: Snapshot, columns: Columns) -> Signature:
