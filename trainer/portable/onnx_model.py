@@ -77,7 +77,7 @@ def _move_out(model: ir.Model, portable: Portable, folder: Path) -> None:
             continue
         file, offset = stored
         location = f"tables/{file.name}"
-        _link(file, folder / location)
+        shared(file, folder / location)
         _refer(model, name, location, offset)
     if rest:
         with (folder / OWN_TABLES).open("wb") as out:
@@ -109,7 +109,7 @@ def _stored(portable: Portable) -> Iterator[tuple[str, tuple[Path, int]]]:
             yield name, (file, 8 + size + header[name]["data_offsets"][0])
 
 
-def _link(file: Path, to: Path) -> None:
+def shared(file: Path, to: Path) -> None:
     """The same bytes under another name, or where the disk is another one, a copy."""
     with suppress(OSError):
         os.link(file, to)

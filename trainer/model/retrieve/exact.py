@@ -129,7 +129,8 @@ class PairScores:
         if scorer.encoding is not None:
             query_RD = scorer.encoding.target(query_RD, group_R)
         mapped_RD = _mapped(scorer.query, query_RD)
-        return mapped_RD * max(mapped_RD.shape[1] // scorer.heads, 1) ** -0.5
+        scale: float = max(mapped_RD.shape[1] // scorer.heads, 1) ** -0.5
+        return mapped_RD * scale
 
     def _rounded_heads(self, rows_RD: Tensor) -> Tensor:
         """Rows rounded to whole numbers times a power of two, [R, heads, D]: their products are exact."""
