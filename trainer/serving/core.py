@@ -222,9 +222,12 @@ class ScoringCore:
         """Takes a body: ends what is inside with 504 at the deadline, and counts who leaves before.
 
         Raises:
-            RequestError: 429, 503 where no body is taken now.
+            RequestError: 429, 503 where no body is taken now, 504.
         """
         self._check_room()
+        if deadline <= self.clock():
+            self.observe.lost("expired")
+            raise RequestError(504, "its deadline had passed when it came")
         self._taken += 1
         self._idle.clear()
         left = None if math.isinf(deadline) else max(deadline - self.clock(), 0.0)
@@ -291,7 +294,7 @@ class ScoringCore:
         requests, cost = self._scheduler.before(job)
         calls = math.ceil(requests / self.settings.batching.requests)
         seconds = self._pace.seconds(work_of(calls, requests, cost), now)
-        if now + seconds <= job.deadline:
+        if not seconds or now + seconds <= job.deadline:
             return
         self.observe.lost("hopeless")
         left = max(job.deadline - now, 0.0)

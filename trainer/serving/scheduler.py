@@ -160,17 +160,14 @@ class Scheduler(Generic[Owner]):
         return self._under_way
 
     def before(self, new: Work[Owner]) -> tuple[int, int]:
-        """Requests and their cost that are scored until a new body is, its own among them.
+        """Requests and their cost that are scored until all of a new body is, its own among them.
 
-        Those who wait get as many turns meanwhile as the new body has parts; those under way get one more.
+        An estimate: every other body gets as many turns meanwhile as the new one has parts. It is less where
+        bodies are scored earlier beside others, and another where bodies come or go.
         """
         turns = len(new.parts)
-        counted = [(new, turns), *((work, turns) for work in self._ring)]
-        counted += [(work, turns + 1) for work in self._under_way]
-        return (
-            sum(work.requests(parts) for work, parts in counted),
-            sum(work.cost(parts) for work, parts in counted),
-        )
+        works = [new, *self._ring, *self._under_way]
+        return sum(work.requests(turns) for work in works), sum(work.cost(turns) for work in works)
 
     def add(self, new: Work[Owner]) -> None:
         """A new body, behind all others."""
