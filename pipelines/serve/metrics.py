@@ -40,6 +40,7 @@ class Metrics:
         self.poll_failing = gauge("tandemrec_poll_failing", "1 while looking for a newer version fails")
         self.in_flight = gauge("tandemrec_in_flight_bytes", "Bytes held for bodies and answers")
         self.unknown = counter("tandemrec_unknown_values", "Values that the model does not know")
+        self.disconnects = counter("tandemrec_disconnects", "Clients that left before their answer")
 
     def serving(self, scorer: Scorer) -> None:
         """Another version is served from now on."""

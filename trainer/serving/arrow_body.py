@@ -66,7 +66,7 @@ def read_arrow(
                 raise RequestError(422, problem)
             for batch in reader:
                 if len(requests) + batch.num_rows > limits.requests:
-                    raise RequestError(413, f"more than {limits.requests} requests (--max-requests)")
+                    raise RequestError(413, f"more than {limits.requests} requests (limits.requests)")
                 columns = _checked_columns(batch, needs)
                 for row in range(columns.num_rows):
                     translation = Translation(vocabularies or {}, users) if ids == b"raw" else None
@@ -143,7 +143,7 @@ class _ValuesLeft:
     def take(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
-            raise RequestError(413, f"more values than the server takes, {self.most:,} (--max-ids)")
+            raise RequestError(413, f"more values than the server takes, {self.most:,} (limits.ids)")
 
 
 class _ArrowForm(RequestForm):

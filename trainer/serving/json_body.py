@@ -126,12 +126,12 @@ def read_json(given: bytes | memoryview, limits: Limits, numbers: Container[str]
         RequestError: 413 above a limit; 422 naming the place of the first mistake.
     """
     if len(given) > limits.json:
-        problem = f"JSON longer than {limits.json:,} bytes (--max-json)"
+        problem = f"JSON longer than {limits.json:,} bytes (limits.json_body)"
         raise RequestError(413, f"{problem}; send Arrow, or fewer requests at once")
     body = bytes(given)
     # Commas and brackets inside of texts are counted too; there are few.
     if body.count(b",") + _LIST_WEIGHT * (body.count(b"[") + body.count(b"{")) > limits.ids:
-        raise RequestError(413, f"more values than the server takes, {limits.ids:,} (--max-ids)")
+        raise RequestError(413, f"more values than the server takes, {limits.ids:,} (limits.ids)")
     # Without spaces, a quote and a colon stand behind every key, and now and then within a text.
     keys = body.translate(None, b" \t\r\n").count(b'":')
     if keys > _MOST_KEYS_OF_ALL:
@@ -143,7 +143,7 @@ def read_json(given: bytes | memoryview, limits: Limits, numbers: Container[str]
     # Bounds what is reported one by one: requests, and keys of objects.
     requests = tree.get("requests") if isinstance(tree, dict) else None
     if isinstance(requests, list) and len(requests) > limits.requests:
-        problem = f"{len(requests):,} requests, the server takes {limits.requests:,} (--max-requests)"
+        problem = f"{len(requests):,} requests, the server takes {limits.requests:,} (limits.requests)"
         raise RequestError(413, problem)
     sizes = [len(part) for part in _objects(tree)]
     for size in sizes:
