@@ -102,6 +102,8 @@ class _Manifest:
     )
     recorded_features: tuple[str, ...] = (_FEATURE,)
     recorded_context: tuple[str, ...] = ()
+    vectors: Mapping[str, Any] = field(default_factory=dict)
+    ids: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Only the times of the recorded requests are read.

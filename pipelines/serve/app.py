@@ -75,7 +75,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     def of_error(_: Request, error: Exception) -> Response:
         if isinstance(error, RequestError):
-            retry = {"Retry-After": "1"} if error.status in (429, 503) else None
+            seconds = error.retry_after or (1 if error.status in (429, 503) else None)
+            retry = {"Retry-After": str(seconds)} if seconds else None
             return answer(error.status, str(error), retry)
         if isinstance(error, HTTPException):
             return answer(error.status_code, str(error.detail), error.headers)

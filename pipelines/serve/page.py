@@ -32,7 +32,7 @@ def add_page(app: FastAPI, service: Service) -> None:
     async def users(request: Request, name: str | None = None) -> UsersBody:
         """The first users whose histories the server has, or the one of a name."""
         check_token(service.users_token, request)
-        return await service.in_thread(users_body, service.versions.histories, name)
+        return await service.core.in_thread(users_body, service.versions.histories, name)
 
     @app.get("/users/{user_id}", response_model=UserBody, responses=errors_of(403, 404, 422))
     async def user(request: Request, user_id: int) -> UserBody:
@@ -43,4 +43,4 @@ def add_page(app: FastAPI, service: Service) -> None:
             raise RequestError(404, f"no stored history of user {str(user_id)[:20]}")
         scorer = service.versions.scorer
         given = histories, user_id, scorer.columns.labels.tasks, service.limits, scorer.needs.living
-        return await service.in_thread(user_body, *given)
+        return await service.core.in_thread(user_body, *given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -12,8 +13,12 @@ from pipelines.serve.http_body import HeldAnswer, read_body
 from pipelines.serve.load import Hold
 from pipelines.serve.service import Service
 from trainer.serving import arrow_body
-from trainer.serving.body import decode, encode
+from trainer.serving.call import Call
 from trainer.serving.json_body import ScoreBody
+from trainer.serving.request import RequestError
+
+DEADLINE = "x-request-deadline-ms"
+_MILLISECONDS = re.compile(r"[0-9]{1,9}")
 
 
 def add_score(app: FastAPI, service: Service) -> None:
@@ -25,7 +30,7 @@ def add_score(app: FastAPI, service: Service) -> None:
     @app.post(
         "/score",
         response_model=AnswerBody,
-        responses=errors_of(400, 404, 408, 413, 415, 422, 429, 503),
+        responses=errors_of(400, 404, 408, 413, 415, 422, 429, 503, 504),
         openapi_extra={"requestBody": {"required": True, "content": content}},
     )
     async def score(request: Request) -> Response:
@@ -50,19 +55,24 @@ def add_score(app: FastAPI, service: Service) -> None:
 
 async def _answer(request: Request, service: Service, hold: Hold) -> Response:
     """The answer. Its bytes count as held until the client has taken them."""
+    deadline = deadline_of(request)
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     given = await read_body(request, service.limits, hold, service.load.seconds)
-    service.batcher.check_room()
-    arrived = time.perf_counter()
-    scorer, histories = service.versions.scorer, service.versions.histories
-    decoded = await service.in_thread(decode, given, content_type, scorer, histories, service.limits)
-    del given
-    hold.resize(sum(each.bytes for each in decoded.requests))
-    service.metrics.stage.labels("decode").observe(time.perf_counter() - arrived)
-    scored = await service.batcher.score(scorer, decoded.requests, decoded.explain, decoded.exploration)
-    service.metrics.unknown.inc(sum(sum(part.unknown.values()) for part in scored))
     as_arrow = arrow_body.MEDIA_TYPE in request.headers.get("accept", "")
-    content = encode(scored, scorer, decoded, as_arrow)
-    hold.resize(len(content))
-    service.metrics.latency.observe(time.perf_counter() - arrived)
-    return HeldAnswer(content, hold, arrow_body.MEDIA_TYPE if as_arrow else "application/json")
+    reply = await service.core.score(Call(given, content_type, as_arrow, deadline, hold.resize))
+    service.log.scored(body_bytes=len(given), answer_bytes=len(reply.content), version=reply.version)
+    return HeldAnswer(reply.content, hold, reply.media_type)
+
+
+def deadline_of(request: Request) -> float | None:
+    """When the client no longer waits, by `time.monotonic`; None where it does not say.
+
+    Raises:
+        RequestError: 422 where the header is no number of milliseconds.
+    """
+    said = request.headers.get(DEADLINE)
+    if said is None:
+        return None
+    if not _MILLISECONDS.fullmatch(said):
+        raise RequestError(422, f"the header {DEADLINE} is {said[:40]!r}, expected milliseconds such as 250")
+    return time.monotonic() + int(said) / 1000

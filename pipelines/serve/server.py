@@ -35,7 +35,7 @@ class Server(uvicorn.Server):
         again = self._ends_at is not None
         if not again:
             self._captured_signals.append(sig)
-            self._service.begin_drain()
+            self._service.core.begin_drain()
         self._ends_at = time.monotonic() + (0.0 if again else self._drain.delay_seconds)
 
     async def on_tick(self, counter: int) -> bool:

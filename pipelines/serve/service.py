@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
 
 from pipelines.serve.load import InFlight
 from pipelines.serve.logs import Log
@@ -15,10 +13,9 @@ from pipelines.serve.metrics import Metrics
 from pipelines.serve.settings import ServeSettings
 from pipelines.serve.tokens import token_of
 from pipelines.serve.updates import Updates
-from trainer.serving.batcher import Batcher
+from trainer.serving.core import CoreSettings, ScoringCore
+from trainer.serving.request import Limits
 from trainer.serving.versions import Versions
-
-Result = TypeVar("Result")
 
 
 class Service:
@@ -37,15 +34,13 @@ class Service:
     ) -> None:
         self.settings = settings or ServeSettings()
         self.versions, self.metrics, self.log = versions, metrics, log or Log(self.settings.logs)
-        self.limits, self.load = self.settings.limits.limits(), self.settings.load()
+        self.load = self.settings.load()
         self.started = time.monotonic()
-        self.draining = False
         self.tasks: list[asyncio.Task[None]] = []
-        self.batcher = Batcher(self.settings.batching.settings(), metrics.scored)
+        core = CoreSettings(self.settings.limits.limits(), self.settings.batching.settings())
+        self.core = ScoringCore(versions, core, metrics)
         self.in_flight = InFlight(self.load.in_flight)
         metrics.in_flight.set_function(lambda: self.in_flight.held)
-        # One body at a time becomes larger, and the event loop goes on meanwhile.
-        self.decoder = ThreadPoolExecutor(1, "decode")
         self.updates = Updates(versions, metrics, self.settings.updates.poll_seconds, self.log)
         access = self.settings.access
 
@@ -57,24 +52,21 @@ class Service:
         self.metrics_token = token_of(access.metrics_token_file, say)
         metrics.serving(versions.scorer)
 
-    async def in_thread(self, work: Callable[..., Result], *given: Any) -> Result:
-        """The result of work that may take long, done in the thread that decodes bodies."""
-        return await asyncio.get_running_loop().run_in_executor(self.decoder, work, *given)
-
-    def begin_drain(self) -> None:
-        """Say at once that no more requests should be sent here; those that come are still scored."""
-        self.draining = True
+    @property
+    def limits(self) -> Limits:
+        """Of one body, as the core has them now."""
+        return self.core.settings.limits
 
     def problem(self) -> str | None:
         """Why no requests should be sent here; None where all is well."""
         if any(task.done() for task in self.tasks):
             return "the server's own work has ended; start it anew"
-        return "the server is about to end" if self.draining else None
+        return "; ".join(self.core.state.problems) or None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Scores, and follows the versions, for as long as it is open."""
-        self.tasks = [asyncio.create_task(self.batcher.run())]
+        self.tasks = [asyncio.create_task(self.core.run())]
         self.tasks += [asyncio.create_task(self.updates.poll())] if self.updates.seconds else []
         try:
             yield
@@ -83,4 +75,3 @@ class Service:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
-            self.decoder.shutdown()

@@ -13,8 +13,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from pipelines.serve.load import LoadLimits
 from trainer.config.toml import Settings, load_settings
-from trainer.serving.batcher import BatchSettings
 from trainer.serving.request import Limits
+from trainer.serving.scheduler import BatchSettings
 
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -66,6 +66,9 @@ class LimitSettings(Settings):
     """Ids of one behavior, of one candidate or of the context."""
     explained: PositiveInt = Limits.explained
     """Candidates of a body with `explain`."""
+    cost: PositiveInt = Limits.cost
+    """Pairs of candidates and behaviors of a body: the sum over its requests of candidates x (behaviors that
+    the model reads + what a candidate costs by itself)."""
     in_flight: PositiveInt = LoadLimits.in_flight
     """Bytes of all bodies and answers, from the first byte of a body to the last of its answer. More is
     answered 503."""
@@ -94,15 +97,21 @@ class BatchingSettings(Settings):
     """Behaviors of one call. One request is always scored whole."""
     candidates: PositiveInt = BatchSettings.candidates
     """Candidates of one call. One request is always scored whole."""
+    cost: PositiveInt = BatchSettings.cost
+    """Pairs, as in `limits.cost`, of one call, which a small body may have to wait for. One request is always
+    scored whole."""
     waiting: PositiveInt = BatchSettings.waiting
     """Bodies that may wait for the model. One more is answered 429."""
+    deadline_ms: NonNegativeFloat = 1000 * BatchSettings.deadline
+    """Milliseconds until a body must be scored whose client names no deadline; then it is answered 504. 0 =
+    there is no such deadline."""
     threads: PositiveInt = BatchSettings.threads
     """Threads of the model's matrix products."""
 
     def settings(self) -> BatchSettings:
         """As the library takes them."""
-        own = self.model_dump(exclude={"window_ms"})
-        return BatchSettings(window=self.window_ms / 1000, **own)
+        own = self.model_dump(exclude={"window_ms", "deadline_ms"})
+        return BatchSettings(window=self.window_ms / 1000, deadline=self.deadline_ms / 1000, **own)
 
 
 class UpdateSettings(Settings):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from trainer.run_config import Config
 from trainer.run_folder import versions
 from trainer.serving.histories import HistoryStore
 from trainer.serving.json_body import RequestBody
+from trainer.serving.request import Limits
 from trainer.serving.versions import Versions
 from trainer.snapshot import Snapshot
 from trainer.snapshot.loading import RecordedRequests
@@ -68,6 +69,7 @@ class Described:
     ids: dict[str, SnapshotIds] = field(default_factory=dict)
     vectors: dict[str, SnapshotVectors] = field(default_factory=dict)
     step: int = 7
+    exported_at: int | None = None
     score_bound: float = 1e-6
     mean_bound: float = 1e-6
 
@@ -237,6 +239,11 @@ def service_of(
     service = Service(versions, metrics, chosen)
     service.reload_token = OneToken()
     return service
+
+
+def set_limits(service: Service, limits: Limits) -> None:
+    """Other limits from now on."""
+    service.core.settings = replace(service.core.settings, limits=limits)
 
 
 @asynccontextmanager

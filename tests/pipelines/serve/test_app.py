@@ -19,7 +19,17 @@ import trainer.serving.versions as versions_module
 from embeddings.errors import SnapshotError
 from tests.helpers.logs import Shape, enrich, random_rows, write_log
 from tests.helpers.models import preset
-from tests.helpers.serving import ARROW, Client, bodies, reference, service_of, serving, snapshot_of, stream
+from tests.helpers.serving import (
+    ARROW,
+    Client,
+    bodies,
+    reference,
+    service_of,
+    serving,
+    set_limits,
+    snapshot_of,
+    stream,
+)
 from trainer.log.schema import read_manifest
 from trainer.snapshot import Snapshot
 
@@ -223,7 +233,7 @@ def test_refused_requests(
             endless = client.http.post("/score", content=_endless())
             assert (await endless).status_code == 413
             many = {"requests": [fine] * 65}
-            service.limits = replace(service.limits, body=10**7)
+            set_limits(service, replace(service.limits, body=10**7))
             assert await refused(client, many) == (
                 413,
                 "65 requests, the server takes 64 (limits.requests)",

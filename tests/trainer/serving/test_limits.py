@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ import pipelines.serve.updates as updates_module
 from embeddings.errors import DataError
 from tests.helpers.logs import INFOS, Shape, enrich, random_rows, write_log
 from tests.helpers.models import preset
-from tests.helpers.serving import ARROW, Client, bodies, service_of, serving, snapshot_of, stream
+from tests.helpers.serving import ARROW, Client, bodies, service_of, serving, set_limits, snapshot_of, stream
 from trainer.log.schema import read_manifest
 from trainer.serving.arrow_body import read_arrow
+from trainer.serving.core import CoreSettings
 from trainer.serving.request import Limits, Needs, RequestError
+from trainer.serving.scheduler import BatchSettings
 from trainer.snapshot import Snapshot
 
 ROWS = enrich(random_rows(4, Shape(users=10)), 5)
@@ -182,7 +183,7 @@ def test_a_long_history_is_cut_to_what_the_model_reads(
             headers = {"content-type": ARROW, "accept": ARROW}
             answer = await client.http.post("/score", content=stream(arrow(fine)), headers=headers)
             assert pa.ipc.open_stream(answer.content).read_all()["history_used"].to_pylist() == [12]
-            client.service.limits = Limits(history=11)
+            set_limits(client.service, Limits(history=11))
             assert await post(client, of(fine)) == (
                 413,
                 "requests[0].history: 12 behaviors, the server takes 11 (limits.history)",
@@ -222,7 +223,7 @@ def test_json_is_weighed_before_it_is_parsed(snapshot: Snapshot, monkeypatch: Pa
             found = await post(client, b"\x1f\x8b", **{"content-encoding": "gzip"})
             assert found == (415, "content encoding 'gzip' is not read; send the body as it is")
             keys = {f"feature {n}": [""] for n in range(10_001)}
-            client.service.limits = Limits()
+            set_limits(client.service, Limits())
             found = await post(client, of({**fine, "candidates": keys}))
             assert found == (413, "an object of 10,001 keys, the server takes 10,000")
             keys = {f"k{n}": 1 for n in range(100_001)}
@@ -371,9 +372,9 @@ def test_what_breaks_beside_scoring_is_answered_and_ends_nothing(
             def breaks(*_: Any) -> None:
                 raise OSError("full")
 
-            monkeypatch.setattr(service.batcher, "_observe", breaks)
+            monkeypatch.setattr(service.metrics, "called", breaks)
             assert (await client.http.post("/score", content=of(fine))).status_code == 500
-            monkeypatch.setattr(service.batcher, "_observe", service.metrics.scored)
+            monkeypatch.undo()
             await client.score(fine)
             assert service.in_flight.held == 0
 
@@ -389,9 +390,8 @@ def test_a_large_body_is_scored_in_several_calls(snapshot: Snapshot, monkeypatch
         for candidates in (10_000, 2 * count):
             calls: list[int] = []
             async with serving(service_of(snapshot, monkeypatch)) as client:
-                batcher = client.service.batcher
-                batcher.settings = replace(batcher.settings, candidates=candidates)
-                client.service.limits = Limits(explained=6 * count)
+                batching = BatchSettings(candidates=candidates)
+                client.service.core.settings = CoreSettings(Limits(explained=6 * count), batching)
                 plain = client.service.versions.scorer.score
 
                 def noting(requests: Any, *more: Any, to: Any = (plain, calls)) -> Any:
