@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embeddings.errors import TandemError, UnavailableError
 from pipelines.serve.http_connection import LEFT
+from pipelines.serve.oip.http import add_inference
 from pipelines.serve.page import add_page
 from pipelines.serve.scoring import add_score
 from pipelines.serve.service import Service
@@ -38,6 +39,7 @@ def build_app(service: Service) -> FastAPI:
     _add_errors(app, service)
     add_score(app, service)
     add_state(app, service)
+    add_inference(app, service)
     add_page(app, service)
     return app
 

@@ -46,6 +46,8 @@ def serve(
     quiet_third_parties()
     http = settings.http
     check_address(http.host, http.port, "http.port")
+    if settings.grpc.port is not None:
+        check_address(http.host, settings.grpc.port, "grpc.port")
     torch.set_num_threads(settings.batching.threads)
     metrics, log = Metrics(), Log(settings.logs)
     store = None if histories is None else HistoryStore(histories, cache=cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 
 from pipelines.serve.load import InFlight
@@ -37,6 +37,8 @@ class Service:
         self.load = self.settings.load()
         self.started = time.monotonic()
         self.tasks: list[asyncio.Task[None]] = []
+        # Of the server that listens; none where the paths are called in process.
+        self.connections: Collection[object] = ()
         core = CoreSettings(self.settings.limits.limits(), self.settings.batching.settings())
         self.core = ScoringCore(versions, core, metrics)
         self.in_flight = InFlight(self.load.in_flight)

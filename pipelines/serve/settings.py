@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.serve.load import LoadLimits
+from trainer.config.mistakes import NAME
 from trainer.config.toml import Settings, load_settings
 from trainer.serving.request import Limits
 from trainer.serving.scheduler import BatchSettings
@@ -41,10 +42,20 @@ class GrpcSettings(Settings):
     """Port of gRPC on the host of `[http]`, 0 = any free one. Not set: there is no gRPC."""
     connections: PositiveInt = 512
     """Connections that may be open at once. One more is closed."""
-    calls: PositiveInt = 256
+    calls: PositiveInt = 128
     """Calls that may be under way at once over all connections. One more gets RESOURCE_EXHAUSTED."""
+    body: PositiveInt = 8 << 20
+    """Bytes of a message. gRPC reads a message whole before it is counted, so that `calls` times `body` may
+    be in memory. A longer one gets RESOURCE_EXHAUSTED."""
     idle_seconds: Annotated[float, Field(ge=1)] = 600.0
     """Seconds after which a connection without calls is closed."""
+
+
+class InferenceSettings(Settings):
+    """How the model is called in the open inference protocol, over HTTP (`/v2`) and over gRPC."""
+
+    model: Annotated[str, Field(pattern=NAME)] = "tandemrec"
+    """The name of the model. Its versions are those of the snapshot."""
 
 
 class LimitSettings(Settings):
@@ -168,6 +179,7 @@ class ServeSettings(Settings):
 
     http: HttpSettings = HttpSettings()
     grpc: GrpcSettings = GrpcSettings()
+    inference: InferenceSettings = InferenceSettings()
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
     updates: UpdateSettings = UpdateSettings()
