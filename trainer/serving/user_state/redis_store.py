@@ -20,7 +20,7 @@ class RedisSettings(Settings):
     kind: Literal["redis"]
     """A server of the Redis protocol."""
     url: str = "redis://127.0.0.1:6379/0"
-    """`redis://HOST:PORT/DATABASE`, `rediss://...` for TLS, or `unix:///path/of/socket`; without a password."""
+    """`redis://HOST:PORT/DATABASE`, `rediss://...` for TLS, or `unix:///path/of/socket`. No password."""
     user: str = ""
     """Of the server; empty: its default user."""
     password_file: Path | None = None

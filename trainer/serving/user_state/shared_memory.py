@@ -10,8 +10,8 @@ A position counts all bytes ever reserved, so position modulo the ring's size is
 than the ring's size behind the tail is overwritten. Readers take no lock: they look at the tail again when
 they have read, and verify a digest (`codec`). A writer holds `flock` for as long as it moves the tail, a few
 microseconds, and the lock of a killed process is free at once. A writer that is killed later leaves bytes
-that no entry names. Everything goes through `pread` and `pwrite` instead of a mapping: a file that somebody cut
-short, or a full disk, is then an error and no signal that ends the server.
+that no entry names. Everything goes through `pread` and `pwrite` instead of a mapping: a file that somebody
+cut short is then an error, and no signal that ends the server.
 """
 
 from __future__ import annotations
