@@ -174,9 +174,7 @@ def test_hopeless_work_is_refused_once_a_pace_is_known() -> None:
         await body
         # Two such parts take 20 seconds.
         large = [request(user, 5_000) for user in (10, 11)]
-        with pytest.raises(
-            RequestError, match=r"20\.0 s until this is scored, and it has 12\.0 s"
-        ) as caught:
+        with pytest.raises(RequestError, match=r"20\.0 s until this is scored, and it has 12\.0 s") as caught:
             await held.ask(*large, deadline=now + 12)
         assert caught.value.status == 503 and caught.value.retry_after == 8
         assert held.noted.losses[-1] == "hopeless"
