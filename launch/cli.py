@@ -34,7 +34,7 @@ from launch.options import (
 from launch.quick_imports import quick_imports
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
 from launch.serving_verbs import ServeCommand, serve
-from launch.snapshot_verbs import export, score
+from launch.snapshot_verbs import export, score, vectors
 from launch.stream_verbs import online, windows
 
 app = typer.Typer(
@@ -261,6 +261,9 @@ def cluster(
 app.command()(windows)
 app.command()(online)
 app.command()(score)
+
+
+app.command()(vectors)
 
 
 app.command(cls=ServeCommand)(serve)

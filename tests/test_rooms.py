@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("analyze", "online", "train", "profile"),
         *("evaluate", "quality_report"),
         *("export", "export_version", "export_uncertainty", "export_parity", "export_source"),
-        *("score", "serve", "unshard"),
+        *("vectors", "score", "serve", "unshard"),
         *("plan", "cluster", "windows", "ingest", "synth", "fetch", "doctor"),
         *("start", "task_lines", "console"),
     ),
