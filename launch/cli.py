@@ -261,11 +261,7 @@ def cluster(
 app.command()(windows)
 app.command()(online)
 app.command()(score)
-
-
 app.command()(vectors)
-
-
 app.command(cls=ServeCommand)(serve)
 
 
