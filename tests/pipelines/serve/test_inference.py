@@ -195,9 +195,9 @@ def drop(name: str) -> Callable[[Body], None]:
     return apply
 
 
-def change(name: str, **parts: Any) -> Callable[[Body], None]:
+def change(tensor: str, /, **parts: Any) -> Callable[[Body], None]:
     def apply(body: Body) -> None:
-        next(each for each in body["inputs"] if each["name"] == name).update(parts)
+        next(each for each in body["inputs"] if each["name"] == tensor).update(parts)
 
     return apply
 
