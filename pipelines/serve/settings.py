@@ -134,7 +134,7 @@ class UpdateSettings(Settings):
 
 class AccessSettings(Settings):
     """Tokens: files with one line of 16 or more plain characters, which a client brings as
-    `Authorization: Bearer TOKEN`. A file that changes is read again within a second."""
+    `Authorization: Bearer TOKEN`. A file that has changed is read again when the next client brings one."""
 
     reload_token_file: Path | None = None
     """Of POST /reload. Not set: nobody may ask for it."""
