@@ -240,7 +240,7 @@ def test_settings_are_keys(tmp_path: Path) -> None:
     defaults = ServeSettings()
     assert defaults.grpc.port is None and defaults.batching.settings().deadline == 30
     for override, problem in (
-        ("limits.bodies=1", "limits.bodies: not known here; did you mean"),
+        ("limits.bodies=1", "unknown key 'limits.bodies'; did you mean 'limits.body'"),
         ("limits.in_flight=1", "in_flight = 1 is less than one body"),
         ("http.port=70000", "http.port"),
         ("logs.format=xml", "logs.format"),
