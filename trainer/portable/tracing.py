@@ -22,7 +22,9 @@ def dimensions(signature: Signature) -> dict[str, dict[int, Any]]:
         found[each.name] = {}
         for place, axis in enumerate(each.axes):
             if not axis.fixed:
-                dims.setdefault(axis.name, torch.export.Dim(axis.name.replace("@", "_"), min=1, max=axis.most or _MOST))
+                dims.setdefault(
+                    axis.name, torch.export.Dim(axis.name.replace("@", "_"), min=1, max=axis.most or _MOST)
+                )
                 found[each.name][place] = dims[axis.name]
     return found
 
@@ -32,7 +34,9 @@ def example(signature: Signature) -> dict[str, Tensor]:
     sizes: dict[str, int] = {}
     found = {}
     for each in signature.inputs:
-        shape = [axis.least if axis.fixed else sizes.setdefault(axis.name, 2 + len(sizes)) for axis in each.axes]
+        shape = [
+            axis.least if axis.fixed else sizes.setdefault(axis.name, 2 + len(sizes)) for axis in each.axes
+        ]
         dtype = torch.int64 if each.dtype == "int64" else torch.float32
         found[each.name] = torch.zeros(shape, dtype=dtype)
     return found
@@ -48,6 +52,8 @@ def traced(scorer: PortableScorer, signature: Signature) -> torch.export.Exporte
     fast = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
     try:
-        return torch.export.export(scorer.eval(), tuple(given.values()), dynamic_shapes=(shapes,), strict=False)
+        return torch.export.export(
+            scorer.eval(), tuple(given.values()), dynamic_shapes=(shapes,), strict=False
+        )
     finally:
         mha.set_fastpath_enabled(fast)
