@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Option
 
@@ -85,3 +85,43 @@ def score(
         from pipelines.score import score as run
 
     run(snapshot, requests, split, limit, out, against, cache, uncertainty)
+
+
+def vectors(
+    snapshot: Snapshot,
+    log: Annotated[Path, At(metavar="LOG", help="A sequence log of the snapshot's vocabulary.")],
+    out: Annotated[Path, At(metavar="DIR", help="The folder to write.")],
+    of: Annotated[Literal["items", "users"], Option(help="What a row is.")] = "items",
+    space: Annotated[
+        Literal["attention", "query", "representation", "towers", "retrieval"],
+        Option(help="Which vectors; docs/vectors.md."),
+    ] = "attention",
+    branch: Annotated[str, Option(help="Of a model with several.")] = "main",
+    task: Annotated[str, Option(help="Whose logit, for --space towers; the default: the first.")] = "",
+    item: Annotated[str, Option(metavar="FEATURE", help="The feature that names an item.")] = "item_id",
+    index: Annotated[Literal["none", "flat", "hnsw", "ivf"], Option(help="Add a FAISS index.")] = "none",
+    recall: Annotated[
+        float, Option(min=0, max=1, help="Share of the 100 best that the index shall find.")
+    ] = 0.95,
+    split: Annotated[
+        str, Option(help="Whose users are written, or ask the index: train, validation or test.")
+    ] = "test",
+    queries: Annotated[int, Option(min=1, help="How many ask the index.")] = 1000,
+    groups: Annotated[
+        str, Option(metavar="IDS", help="With commas: the groups that users have vectors for; empty: all.")
+    ] = "",
+    seed: Annotated[
+        int | None,
+        Option(min=0, help="Of every random draw; the default: the run's train.seed.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace older vectors.")] = False,
+    cache: Cache = None,
+) -> None:
+    """Write vectors of items or users for retrieval."""
+    with quick_imports():
+        from pipelines.vectors.options import VectorOptions, groups_of
+        from pipelines.vectors.vectors import write_vectors
+
+    chosen = groups_of(groups)
+    asked = (of, space, branch, task, item, index, recall, split, queries, chosen, seed, overwrite)
+    write_vectors(snapshot, log, out, VectorOptions(*asked), cache)

@@ -79,6 +79,7 @@ class HealthBody(BaseModel):
     """State, and what a client must know of the snapshot.
 
     Attributes:
+        problem: why no requests should be sent here, as `/readyz` says.
         numbers: features that are numbers, which are sent as such, and the settings of their encoders.
         raw: features whose raw values may be sent instead of ids.
         living: features whose ids come and go, and may be any 64-bit integers; hashed: those of them that may
@@ -89,6 +90,7 @@ class HealthBody(BaseModel):
     """
 
     status: str
+    problem: str | None
     version: str
     step: int
     tasks: list[str]
@@ -113,3 +115,14 @@ class ReloadBody(BaseModel):
 
     version: str
     switched: bool
+
+
+class LiveBody(BaseModel):
+    """The process works."""
+
+    status: str
+
+
+def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors that a path may answer, for its description."""
+    return {status: {"model": ErrorBody} for status in statuses}

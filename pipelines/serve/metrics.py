@@ -40,6 +40,8 @@ class Metrics(Observer):
         self.in_flight = gauge("tandemrec_in_flight_bytes", "Bytes held for bodies and answers")
         self.losses = counter("tandemrec_lost", "Bodies that were not answered, by cause", ["why"])
         self.unknown = counter("tandemrec_unknown_values", "Values that the model does not know")
+        self.grpc_calls = counter("tandemrec_grpc_calls", "Calls over gRPC, by code", ["method", "code"])
+        self.disconnects = counter("tandemrec_disconnects", "Clients that left before their answer")
 
     def serving(self, scorer: Scorer) -> None:
         """Another version is served from now on."""

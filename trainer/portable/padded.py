@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -97,6 +97,24 @@ class PaddedSizes:
         return min(self.width, newest) if newest else self.width
 
 
+class Retrieved(NamedTuple):
+    """What a hard search in the data path kept, int64 [B, C, kept] each: place in the request's history, -1
+    where there is none, level and rank as in `trainer.data.batch.Retrieval`."""
+
+    place: Tensor
+    level: Tensor
+    rank: Tensor
+
+
+class Clustered(NamedTuple):
+    """Clusters as in `trainer.data.batch.Clusters`: int64 [B, X] each, and `end`, int64 [B]."""
+
+    size: Tensor
+    time: Tensor
+    until: Tensor
+    end: Tensor
+
+
 @dataclass(frozen=True)
 class PaddedRequests:
     """The parts of padded requests that are no ids.
@@ -104,8 +122,7 @@ class PaddedRequests:
     Attributes:
         length: int64 [B], behaviors; behavior_time: int64 [B, X], seconds; request_time: int64 [B].
         candidates: C; numeric: float32 [B, C, numbers]; domain: int64 [B, C] or None.
-        retrieved: place, level and rank of what a hard search in the data path kept, int64 [B, C, kept] each.
-        clustered: size, time and until of clusters, int64 [B, X] each, and end, int64 [B].
+        retrieved: what a hard search in the data path kept; clustered: clusters of the histories.
     """
 
     length: Tensor
@@ -114,8 +131,8 @@ class PaddedRequests:
     candidates: int
     numeric: Tensor
     domain: Tensor | None = None
-    retrieved: tuple[Tensor, Tensor, Tensor] | None = None
-    clustered: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    retrieved: Retrieved | None = None
+    clustered: Clustered | None = None
 
     def batch(self, features: PaddedBags, context: PaddedBags | None) -> RequestBatch:
         """The batch that the model's modules read."""

@@ -97,6 +97,6 @@ def _retrieved(batch: RequestBatch, place_BC: Tensor) -> Mapping[str, Tensor]:
     parts = (own, retrieval.level.to(torch.int64), retrieval.rank.to(torch.int64))
     found = {}
     for name, part in zip(RETRIEVED, parts, strict=True):
-        part = part if part.shape[1] else part.new_full((part.shape[0], 1), -1)
-        found[name] = _at(part, place_BC, -1 if name == RETRIEVED[0] else 0)
+        some = part if part.shape[1] else part.new_full((part.shape[0], 1), -1)
+        found[name] = _at(some, place_BC, -1 if name == RETRIEVED[0] else 0)
     return found

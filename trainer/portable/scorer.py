@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from embeddings.groups import TableGroup
 from embeddings.lookup.stored import StoredTable
+from trainer.data.batch import RequestBatch
 from trainer.model.frame import Pooled, Retrievals, TwoStageModel
 from trainer.model.heads.head import HeadOutput
 from trainer.model.windows import Windows, windows_of
-from trainer.portable.padded import NO_ID, PaddedBags, PaddedRequests, widened
+from trainer.portable.padded import NO_ID, Clustered, PaddedBags, PaddedRequests, Retrieved, widened
 from trainer.portable.tables import PortableTables
 
 
@@ -62,7 +64,7 @@ class PortableScorer(nn.Module):
     ) -> None:
         super().__init__()
         self.branches, self.pooling, self.head = model.branches, model.pooling, model.head
-        self.products, self.model_late = model.products, [*model.first, *model.late]
+        self.products, self.looked_up = model.products, [*model.first, *model.late]
         self.of_requests = list(model.of_requests)
         self.tables, self.columns, self.names = PortableTables(groups, tables), columns, list(names)
         # So many places of padding that a search, or a window of the newest, always finds enough of them.
@@ -72,7 +74,7 @@ class PortableScorer(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         given = dict(zip(self.names, inputs, strict=True))
         batch, features, context = self._laid_out(given)
-        first = {name: self.tables.of_bags(name, features) for name in self.model_late}
+        first = {name: self.tables.of_bags(name, features) for name in self.looked_up}
         if context is not None:
             first |= {name: self.tables.of_bags(name, context) for name in self.of_requests}
         windows: dict[tuple[int, bool], Windows] = {}
@@ -98,40 +100,39 @@ class PortableScorer(nn.Module):
         name = next((side[1] for side in sides if side[1]), None) or next(iter(self.columns.numbers))
         return given[name].shape[1]
 
-    def _laid_out(self, given: Mapping[str, Tensor]) -> tuple[object, PaddedBags, PaddedBags | None]:
+    def _laid_out(self, given: Mapping[str, Tensor]) -> tuple[RequestBatch, PaddedBags, PaddedBags | None]:
+        """The batch, and the padded ids of behaviors and candidates, and of requests."""
+        columns, candidates = self.columns, self._candidates(given)
         times = widened(given["history_timestamp"], self.more)
-        (requests, width), candidates = times.shape, self._candidates(given)
+        requests, width = times.shape
         ids = {}
-        for key, (history, candidate) in self.columns.features.items():
-            of_behaviors = (
-                widened(given[history], self.more, 0 if given[history].dim() == 2 else NO_ID)
-                if history
-                else None
-            )
-            of_candidates = given[candidate] if candidate else None
-            ids[key] = [
-                None if part is None else part.flatten(0, 1) for part in (of_behaviors, of_candidates)
-            ]
+        for key, (history, candidate) in columns.features.items():
+            padding = NO_ID if key in columns.many else 0
+            of_behaviors = widened(given[history], self.more, padding).flatten(0, 1) if history else None
+            ids[key] = [of_behaviors, given[candidate].flatten(0, 1) if candidate else None]
         features = PaddedBags(ids, (requests * width, requests * candidates))
-        context = PaddedBags(
-            {key: [given[name]] for key, (name,) in self.columns.context.items()}, (requests,)
-        )
-        numbers = [given[name] for name in self.columns.numbers]
-        numeric = torch.stack(numbers, dim=2) if numbers else torch.zeros(requests, candidates, 0)
-        columns = self.columns
-        requests_ = PaddedRequests(
+        context = None
+        if columns.context:
+            of_requests = {key: [given[name]] for key, (name,) in columns.context.items()}
+            context = PaddedBags(of_requests, (requests,))
+        numbers = [given[name] for name in columns.numbers]
+        padded = PaddedRequests(
             given["history_length"],
             times,
             given["request_timestamp"],
             candidates,
-            numeric,
+            torch.stack(numbers, dim=2) if numbers else torch.zeros(requests, candidates, 0),
             given[columns.domain] if columns.domain else None,
-            tuple(given[name] for name in RETRIEVED) if columns.retrieved else None,
-            (
-                *(widened(given[name], self.more) for name in CLUSTERED[:3]),
-                given[CLUSTERED[3]],
-            )
-            if columns.clustered
-            else None,
+            self._retrieved(given) if columns.retrieved else None,
+            self._clustered(given) if columns.clustered else None,
         )
-        return requests_.batch(features, context if columns.context else None), features, context
+        return padded.batch(features, context), features, context
+
+    def _retrieved(self, given: Mapping[str, Tensor]) -> Retrieved:
+        place, level, rank = (given[name] for name in RETRIEVED)
+        more = (0, self.more)
+        return Retrieved(F.pad(place, more, value=NO_ID), F.pad(level, more), F.pad(rank, more))
+
+    def _clustered(self, given: Mapping[str, Tensor]) -> Clustered:
+        size, time, until = (widened(given[name], self.more) for name in CLUSTERED[:3])
+        return Clustered(size, time, until, given[CLUSTERED[3]])

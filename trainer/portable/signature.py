@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
+
 from trainer.config.toml import Settings
 from trainer.log.schema import ANY_ID
 from trainer.portable.scorer import CLUSTERED, RETRIEVED, Columns
 from trainer.snapshot import Snapshot
 from trainer.snapshot.manifest import InputFeature
 
-Kind = Literal["int64", "float32"]
+Kind = Literal["int64", "float32", "bool"]
+KINDS: dict[torch.dtype, Kind] = {torch.int64: "int64", torch.float32: "float32", torch.bool: "bool"}
 REQUESTS, BEHAVIORS, CANDIDATES, KEPT = "requests", "behaviors", "candidates", "retrieved"
 
 
@@ -32,7 +35,7 @@ class Axis(Settings):
         return self.least == self.most
 
 
-class Tensor_(Settings):
+class PortTensor(Settings):
     """An input or an output.
 
     Attributes:
@@ -59,8 +62,8 @@ class Signature(Settings):
         outside: what the caller computes besides: ids of encoded numbers, rows of living ids, matches.
     """
 
-    inputs: tuple[Tensor_, ...]
-    outputs: tuple[Tensor_, ...]
+    inputs: tuple[PortTensor, ...]
+    outputs: tuple[PortTensor, ...]
     tasks: tuple[str, ...]
     snapshot: str
     step: int
@@ -110,8 +113,8 @@ def columns_of(snapshot: Snapshot) -> Columns:
 
 
 def feature_of(key: str) -> str:
-    """The feature that a key of tables is of: a group may have rows of its own for one, `<feature>@<group>`."""
-    return key.split("@")[0]
+    """The feature of a key of tables, which is `<feature>@<group>` where a group has rows of its own."""
+    return key.split("@", maxsplit=1)[0]
 
 
 def signature_of(snapshot: Snapshot, columns: Columns) -> Signature:
@@ -119,7 +122,7 @@ def signature_of(snapshot: Snapshot, columns: Columns) -> Signature:
     manifest = snapshot.manifest
     requests, candidates = Axis(name=REQUESTS), Axis(name=CANDIDATES)
     tasks = Axis(name="tasks", least=len(manifest.tasks), most=len(manifest.tasks))
-    scores = Tensor_(
+    scores = PortTensor(
         name="probability",
         dtype="float32",
         axes=(requests, candidates, tasks),
@@ -137,12 +140,12 @@ def signature_of(snapshot: Snapshot, columns: Columns) -> Signature:
     )
 
 
-def _inputs(snapshot: Snapshot, columns: Columns) -> Iterator[Tensor_]:
+def _inputs(snapshot: Snapshot, columns: Columns) -> Iterator[PortTensor]:
     config = snapshot.manifest.config
     requests, candidates = Axis(name=REQUESTS), Axis(name=CANDIDATES)
     behaviors = Axis(name=BEHAVIORS, most=config.data.history_length)
     most = config.data.history_length
-    yield Tensor_(
+    yield PortTensor(
         name="history_length",
         dtype="int64",
         axes=(requests,),
@@ -150,15 +153,17 @@ def _inputs(snapshot: Snapshot, columns: Columns) -> Iterator[Tensor_]:
         most=most,
         meaning="behaviors of each request; the newest where there are more than the limit",
     )
-    yield Tensor_(
+    yield PortTensor(
         name="history_timestamp",
         dtype="int64",
         axes=(requests, behaviors),
         padding="anything",
         meaning="when each behavior was, in seconds, oldest first and before the request",
     )
-    yield Tensor_(name="request_timestamp", dtype="int64", axes=(requests,), meaning="when it is, in seconds")
-    yield Tensor_(
+    yield PortTensor(
+        name="request_timestamp", dtype="int64", axes=(requests,), meaning="when it is, in seconds"
+    )
+    yield PortTensor(
         name="candidate_length",
         dtype="int64",
         axes=(requests,),
@@ -172,7 +177,7 @@ def _inputs(snapshot: Snapshot, columns: Columns) -> Iterator[Tensor_]:
     for key, (name,) in columns.context.items():
         yield _ids(snapshot, key, name, (requests,), "request")
     for name in columns.numbers:
-        yield Tensor_(
+        yield PortTensor(
             name=name,
             dtype="float32",
             axes=(requests, candidates),
@@ -180,7 +185,7 @@ def _inputs(snapshot: Snapshot, columns: Columns) -> Iterator[Tensor_]:
             meaning="a number of each candidate, as the log has it",
         )
     if columns.domain:
-        yield Tensor_(
+        yield PortTensor(
             name=columns.domain,
             dtype="int64",
             axes=(requests, candidates),
@@ -191,7 +196,7 @@ def _inputs(snapshot: Snapshot, columns: Columns) -> Iterator[Tensor_]:
         )
     kept = Axis(name=KEPT, most=config.data.search.budget)
     for name, meaning in zip(RETRIEVED if columns.retrieved else (), _RETRIEVED, strict=False):
-        yield Tensor_(
+        yield PortTensor(
             name=name,
             dtype="int64",
             axes=(requests, candidates, kept),
@@ -199,7 +204,7 @@ def _inputs(snapshot: Snapshot, columns: Columns) -> Iterator[Tensor_]:
             meaning=meaning,
         )
     for name, meaning in zip(CLUSTERED if columns.clustered else (), _CLUSTERED, strict=False):
-        yield Tensor_(
+        yield PortTensor(
             name=name,
             dtype="int64",
             meaning=meaning,
@@ -221,7 +226,7 @@ _CLUSTERED = (
 )
 
 
-def _ids(snapshot: Snapshot, key: str, name: str, axes: tuple[Axis, ...], who: str) -> Tensor_:
+def _ids(snapshot: Snapshot, key: str, name: str, axes: tuple[Axis, ...], who: str) -> PortTensor:
     feature = feature_of(key)
     given: InputFeature = snapshot.manifest.table_inputs[feature]
     rows = snapshot.manifest.features.get(feature)
@@ -231,7 +236,7 @@ def _ids(snapshot: Snapshot, key: str, name: str, axes: tuple[Axis, ...], who: s
     most = None if rows is None or rows == ANY_ID else rows - 1
     if given.multi:
         bags = Axis(name=f"ids_{key}")
-        return Tensor_(
+        return PortTensor(
             name=name,
             dtype="int64",
             axes=(*axes, bags),
@@ -240,7 +245,7 @@ def _ids(snapshot: Snapshot, key: str, name: str, axes: tuple[Axis, ...], who: s
             least=-1,
             most=most,
         )
-    return Tensor_(
+    return PortTensor(
         name=name,
         dtype="int64",
         axes=axes,
@@ -257,8 +262,8 @@ def _outside(snapshot: Snapshot) -> Iterator[str]:
         if given.encoder is not None:
             parts = ", ".join(given.encoder.parts(name))
             yield (
-                f"{name} is a number; {parts} are made of it by its encoder, which inputs.{name}.encoder of the "
-                "snapshot's manifest describes (docs/encoders.md)"
+                f"{name} is a number; {parts} are made of it by its encoder, which inputs.{name}.encoder of "
+                "the snapshot's manifest describes (docs/encoders.md)"
             )
     for name in manifest.ids:
         yield (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ _MOST = 1 << 20
 def dimensions(signature: Signature) -> dict[str, dict[int, Any]]:
     """Input -> its free axes, as `torch.export` wants them."""
     dims: dict[str, Any] = {}
-    found = {}
+    found: dict[str, dict[int, Any]] = {}
     for each in signature.inputs:
         found[each.name] = {}
         for place, axis in enumerate(each.axes):
@@ -30,7 +29,7 @@ def dimensions(signature: Signature) -> dict[str, dict[int, Any]]:
 
 
 def example(signature: Signature) -> dict[str, Tensor]:
-    """Inputs whose free axes have sizes that are not taken for fixed ones: none is 0 or 1, no two are equal."""
+    """Inputs with sizes of free axes that are not taken for fixed ones: none is 1, no two are equal."""
     sizes: dict[str, int] = {}
     found = {}
     for each in signature.inputs:

@@ -15,8 +15,13 @@ from trainer.serving.histories import HistoryStore
 from trainer.serving.json_body import JsonForm, read_json
 from trainer.serving.raw_ids import with_unknown
 from trainer.serving.request import History, Limits, Request, RequestError
-from trainer.serving.scorer import Answer, Scorer
+from trainer.serving.scorer import MOST_EXPLAINED, Answer, Scorer
 from trainer.serving.vocabulary import Translation
+
+# Of a candidate and task: its probability, and what `Sureness` has.
+_LISTS_OF_SURENESS = 5
+# A place and a weight as objects of Python, and what refers to them.
+_BYTES_OF_KEPT = 72
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,17 @@ def decode(
 def as_read(request: Request, scorer: Scorer) -> Request:
     """A checked request with only the behaviors that the model reads; what it does not know is counted."""
     return with_unknown(cut_history(request, scorer.needs), scorer.needs, scorer.snapshot.id_maps)
+
+
+def held_bytes(body: Body) -> int:
+    """What a body takes until it is answered: its arrays, and the answers once they are there."""
+    candidates = sum(request.count for request in body.requests)
+    of_candidate = 4 * len(body.scorer.tasks) * (1 if body.exploration is None else _LISTS_OF_SURENESS)
+    if body.explain:
+        searches = (branch.search for branch in body.scorer.branches.values())
+        kept = sum(MOST_EXPLAINED if s is None else min(s.k, MOST_EXPLAINED) for s in searches)
+        of_candidate += kept * _BYTES_OF_KEPT
+    return sum(request.bytes for request in body.requests) + candidates * of_candidate
 
 
 def encode(answers: Sequence[Answer], body: Body, as_arrow: bool) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -18,18 +19,23 @@ from typing import Any, TypeVar
 import torch
 
 from trainer.serving import arrow_body
-from trainer.serving.body import Body, decode, encode
+from trainer.serving.body import Body, decode, encode, held_bytes
 from trainer.serving.call import JSON, Call, Reply
-from trainer.serving.cost import PAIRS_OF_CANDIDATE, cost_of
-from trainer.serving.model_calls import Scored, score_parts
+from trainer.serving.cost import PAIRS_OF_CANDIDATE, cost_of, work_of
+from trainer.serving.model_calls import Outcome, Portion, score_portions
 from trainer.serving.observer import ModelCall, Observer
 from trainer.serving.pace import Pace
 from trainer.serving.request import Limits, RequestError
 from trainer.serving.scheduler import BatchSettings, BodyPart, Scheduler, Size, Work
-from trainer.serving.scorer import Answer
+from trainer.serving.scorer import Answer, Scorer, Seconds
+from trainer.serving.soundness import UnsoundError
 from trainer.serving.versions import Versions
 
 Result = TypeVar("Result")
+# The answer to more candidates is written by a thread, so that others do not wait for it.
+_FEW_CANDIDATES = 2_000
+# Seconds after which a client that was sent away may come again, at the latest.
+_LATEST_RETRY = 60
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,24 @@ class _Waiting:
     answer: asyncio.Future[list[Answer]]
     answers: list[Answer] = field(default_factory=list)
 
+    def fail(self, error: Exception) -> None:
+        """Tell whoever waits; nobody does where a client left."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+_Job = Work[_Waiting]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A model call that is under way: the bodies, their parts, and what becomes of these."""
+
+    jobs: Sequence[_Job]
+    parts: Sequence[BodyPart]
+    began: float
+    scoring: asyncio.Future[tuple[list[Outcome], Seconds]]
+
 
 class ScoringCore:
     """Decodes, schedules, scores and encodes. `run` must be running.
@@ -82,10 +106,14 @@ class ScoringCore:
         self.versions = versions
         self.settings, self.observe = settings or CoreSettings(), observe or Observer()
         self.clock = time.monotonic
-        self._scheduler, self._pace = Scheduler(self.settings.batching), Pace()
+        self._scheduler: Scheduler[_Waiting] = Scheduler(self.settings.batching)
+        self._pace = Pace()
         self._arrived, self._idle = asyncio.Event(), asyncio.Event()
         self._idle.set()
         self._ended = self._draining = self._closed = False
+        # The scorer whose answers were found to be no numbers.
+        self._unsound: Callable[[], Scorer | None] = lambda: None
+        self._unsound_problem = ""
         # Bodies that are decoded, wait, are scored or encoded.
         self._taken = 0
         threads = self.settings.batching.threads
@@ -101,6 +129,8 @@ class ScoringCore:
             problems.append("what scores has ended; start the server anew")
         if self._draining:
             problems.append("the server is about to end")
+        if self._unsound() is self.versions.scorer:
+            problems.append(self._unsound_problem)
         return State(not self._ended, not problems, self._draining, tuple(problems))
 
     async def run(self) -> None:
@@ -108,13 +138,19 @@ class ScoringCore:
         try:
             while True:
                 await self._company()
-                await self._score_next()
+                call = self._begin()
+                while call is not None:
+                    outcomes = await self._outcomes(call)
+                    # The model goes on with the next call while the answers of this one are handed out.
+                    following = self._begin()
+                    self._hand_out(call, outcomes)
+                    call = following
         finally:
             self._ended = True
             self._model.shutdown(wait=True)
             self._decoder.shutdown(wait=True)
-            for work in self._scheduler.works:
-                _fail(work.body, RequestError(503, "the server has ended"))
+            for job in (*self._scheduler.under_way, *self._scheduler.waiting):
+                job.owner.fail(RequestError(503, "the server has ended"))
 
     def begin_drain(self) -> None:
         """Not ready from now on. Bodies are still taken: those who send them learn of it later."""
@@ -143,10 +179,14 @@ class ScoringCore:
         async with self._in_time(self._deadline(call.deadline, arrived)) as deadline:
             scorer, histories, limits = self.versions.scorer, self.versions.histories, self.settings.limits
             given = (call.content, call.content_type, scorer, histories, limits)
-            body = await self.in_thread(decode, *given)
+            # A stored history may have to be read from a disk.
+            short = len(call.content) <= self.settings.batching.inline and histories is None
+            body = decode(*given) if short else await self.in_thread(decode, *given)
             self.observe.decoded(self.clock() - arrived)
             answers = await self._answers(body, deadline, call.hold)
-            content = encode(answers, body, call.as_arrow)
+            short = sum(request.count for request in body.requests) <= _FEW_CANDIDATES
+            written = (answers, body, call.as_arrow)
+            content = encode(*written) if short else await self.in_thread(encode, *written)
             if call.hold is not None:
                 call.hold(len(content))
         unknown = sum(sum(answer.unknown.values()) for answer in answers)
@@ -182,9 +222,12 @@ class ScoringCore:
         """Takes a body: ends what is inside with 504 at the deadline, and counts who leaves before.
 
         Raises:
-            RequestError: 429, 503 where no body is taken now.
+            RequestError: 429, 503 where no body is taken now, 504.
         """
         self._check_room()
+        if deadline <= self.clock():
+            self.observe.lost("expired")
+            raise RequestError(504, "its deadline had passed when it came")
         self._taken += 1
         self._idle.clear()
         left = None if math.isinf(deadline) else max(deadline - self.clock(), 0.0)
@@ -218,19 +261,19 @@ class ScoringCore:
     async def _answers(self, body: Body, deadline: float, hold: Callable[[int], None] | None) -> list[Answer]:
         """Queue it and wait."""
         if hold is not None:
-            hold(sum(request.bytes for request in body.requests))
-        work = self._work(body, deadline)
-        self._check_hope(work)
-        waiting: _Waiting = work.body
+            hold(held_bytes(body))
+        job = self._job(body, deadline)
+        self._check_hope(job)
         self._scheduler.settings = self.settings.batching
-        self._scheduler.add(work)
+        self._scheduler.add(job)
         self._arrived.set()
         try:
-            return await waiting.answer
+            return await job.owner.answer
         finally:
-            self._scheduler.remove(work)
+            # Where the client left or the time is over, nothing more of it is scored.
+            self._scheduler.remove(job)
 
-    def _work(self, body: Body, deadline: float) -> Work:
+    def _job(self, body: Body, deadline: float) -> _Job:
         needs, limit = body.scorer.needs, self.settings.limits.cost
         sizes = [
             Size(1, int(request.history.time.size), request.count, cost_of(request, needs))
@@ -238,68 +281,93 @@ class ScoringCore:
         ]
         cost = sum(size.cost for size in sizes)
         if cost > limit:
-            pairs = f"candidates x (behaviors that the model reads + {PAIRS_OF_CANDIDATE})"
+            pairs = f"candidates x (behaviors that the model reads + {PAIRS_OF_CANDIDATE:,})"
             problem = f"the body costs {cost:,} pairs ({pairs}), the server takes {limit:,} (limits.cost)"
             raise RequestError(413, f"{problem}; send fewer requests at once")
         waiting = _Waiting(body, asyncio.get_running_loop().create_future())
         kind = (id(body.scorer), body.explain)
         return Work(waiting, kind, sizes, self.settings.batching, self.clock(), deadline)
 
-    def _check_hope(self, work: Work) -> None:
+    def _check_hope(self, job: _Job) -> None:
         """Raises RequestError (503) for a body that would be scored too late."""
         now = self.clock()
-        seconds = self._pace.seconds(self._scheduler.cost_before(work), now)
-        if seconds is None or now + seconds <= work.deadline:
+        requests, cost = self._scheduler.before(job)
+        calls = math.ceil(requests / self.settings.batching.requests)
+        seconds = self._pace.seconds(work_of(calls, requests, cost), now)
+        if not seconds or now + seconds <= job.deadline:
             return
         self.observe.lost("hopeless")
-        left = max(work.deadline - now, 0.0)
+        left = max(job.deadline - now, 0.0)
         problem = f"it would take about {seconds:.1f} s until this is scored, and it has {left:.1f} s"
-        raise RequestError(503, f"{problem}; try again", min(max(math.ceil(seconds - left), 1), 60))
+        later = min(max(math.ceil(seconds - left), 1), _LATEST_RETRY)
+        raise RequestError(503, f"{problem}; try again", later)
 
     async def _company(self) -> None:
         """Wait for a body, and as long as the settings say for others to share its model call."""
-        while (first := self._scheduler.first) is None:
+        while not self._scheduler.waiting:
             self._arrived.clear()
             await self._arrived.wait()
-        window = first.queued + self.settings.batching.window - self.clock()
-        if window > 0:
-            await asyncio.sleep(window)
+        await asyncio.sleep(max(self._window(), 0.0))
 
-    async def _score_next(self) -> None:
+    def _window(self) -> float:
+        """How long the first body waits for company from now on; 0 or less: no longer."""
+        first = self._scheduler.waiting[0]
+        return first.queued + self.settings.batching.window - self.clock()
+
+    def _begin(self) -> _Call | None:
+        """The next model call, unless nobody waits, or who waits is to have company first."""
         now = self.clock()
-        works = self._scheduler.begin(now)
-        if not works:
-            return
-        parts = [work.part for work in works]
-        bodies: list[_Waiting] = [work.body for work in works]
-        waited = [now - work.queued for work in works if not work.done]
-        given = [_scored(waiting.body, part) for waiting, part in zip(bodies, parts, strict=True)]
-        outcomes: Sequence[list[Answer] | Exception]
+        # Who awaits them is told by the clock of `_in_time`.
+        self._scheduler.expire(now)
+        if not self._scheduler.waiting or self._window() > 0:
+            return None
+        jobs = self._scheduler.begin()
+        parts = [job.part for job in jobs]
+        portions = [self._portion(job.owner.body, job.part) for job in jobs]
+        scoring = asyncio.get_running_loop().run_in_executor(self._model, score_portions, portions)
+        return _Call(jobs, parts, now, scoring)
+
+    async def _outcomes(self, call: _Call) -> list[Outcome]:
+        """Of each body of the call: answers to its part, or what went wrong with it."""
         try:
-            scoring = asyncio.get_running_loop().run_in_executor(self._model, score_parts, given)
-            outcomes, seconds = await scoring
-            ended = self.clock()
-            self._pace.note(sum(part.size.cost for part in parts), ended - now, ended)
-            requests = sum(part.size.requests for part in parts)
-            candidates = sum(part.size.candidates for part in parts)
-            self.observe.called(ModelCall(len(works), requests, candidates, waited, seconds))
+            outcomes, seconds = await call.scoring
+            ended, taken = self.clock(), [part.size for part in call.parts]
+            requests, cost = sum(size.requests for size in taken), sum(size.cost for size in taken)
+            self._pace.note(work_of(1, requests, cost), ended - call.began, ended)
+            candidates = sum(size.candidates for size in taken)
+            waited = [call.began - job.queued for job in call.jobs if not job.done]
+            self.observe.called(ModelCall(len(call.jobs), requests, candidates, waited, seconds))
         except Exception as error:
-            outcomes = [error] * len(works)
-        for work, waiting, outcome in zip(works, bodies, outcomes, strict=True):
+            outcomes = [error] * len(call.jobs)
+        for job, outcome in zip(call.jobs, outcomes, strict=True):
             if isinstance(outcome, Exception):
-                self._scheduler.remove(work)
-                _fail(waiting, outcome)
+                # None of its further parts is scored.
+                self._scheduler.remove(job)
+        self._scheduler.end()
+        return outcomes
+
+    def _hand_out(self, call: _Call, outcomes: Sequence[Outcome]) -> None:
+        """Give each body what the call says, and those their answers that have all."""
+        for job, outcome in zip(call.jobs, outcomes, strict=True):
+            waiting = job.owner
+            if isinstance(outcome, UnsoundError):
+                self._note_unsound(waiting.body.scorer, outcome)
+            if isinstance(outcome, Exception):
+                waiting.fail(outcome)
                 continue
             waiting.answers += outcome
-            if work.is_last and not waiting.answer.done():
+            if len(waiting.answers) == len(waiting.body.requests) and not waiting.answer.done():
                 waiting.answer.set_result(waiting.answers)
-        self._scheduler.end()
 
+    def _portion(self, body: Body, part: BodyPart) -> Portion:
+        requests = body.requests[part.first : part.end]
+        unsound = body.scorer is self._unsound()
+        return Portion(body.scorer, requests, body.explain, body.exploration, unsound)
 
-def _scored(body: Body, part: BodyPart) -> Scored:
-    return Scored(body.scorer, body.requests[part.first : part.end], body.explain, body.exploration)
-
-
-def _fail(waiting: _Waiting, error: Exception) -> None:
-    if not waiting.answer.done():
-        waiting.answer.set_exception(error)
+    def _note_unsound(self, scorer: Scorer, error: UnsoundError) -> None:
+        """Its answers are refused from now on wherever they are no numbers, and the core is not ready."""
+        self.observe.lost("unsound")
+        if self._unsound() is not scorer:
+            self._unsound = weakref.ref(scorer)
+            self._unsound_problem = str(error)
+            self.observe.unsound(scorer.version, error.where)

@@ -48,3 +48,6 @@ class Observer:
 
     def lost(self, why: Loss) -> None:
         """A body was not answered."""
+
+    def unsound(self, version: str, where: str) -> None:
+        """A version was found to answer with what is no number; told once. `where`: of it, one line."""

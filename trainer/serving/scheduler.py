@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+Owner = TypeVar("Owner")
 
 
 @dataclass(frozen=True)
@@ -21,20 +23,22 @@ class BatchSettings:
     Attributes:
         window: seconds to wait for company; 0 = whoever came while the model was busy.
         requests, behaviors, candidates, cost: most of one model call (one request is always scored whole);
-            for `cost` see `trainer.serving.cost`.
+            for `cost` see `trainer.serving.cost`. A body that came while the model was busy waits that long.
         waiting: bodies that may wait; beyond, they are turned away with 429.
         threads: of the model.
-        deadline: seconds that a body has whose client names no deadline; 0 = it has all the time.
+        deadline: seconds that a body has whose client names no deadline; 0 = all the time.
+        inline: bytes of a body that is decoded at once and not by the thread that decodes larger ones.
     """
 
     window: float = 0.0
     requests: int = 32
     behaviors: int = 200_000
     candidates: int = 10_000
-    cost: int = 32_000_000
+    cost: int = 16_000_000
     waiting: int = 256
     threads: int = 1
     deadline: float = 30.0
+    inline: int = 32 << 10
 
 
 class Size(NamedTuple):
@@ -47,12 +51,21 @@ class Size(NamedTuple):
 
     def plus(self, other: Size) -> Size:
         """Of both together."""
-        return Size(*(one + more for one, more in zip(self, other, strict=True)))
+        return Size(
+            self.requests + other.requests,
+            self.behaviors + other.behaviors,
+            self.candidates + other.candidates,
+            self.cost + other.cost,
+        )
 
     def fits(self, settings: BatchSettings) -> bool:
         """Whether one model call may have so much."""
-        most = Size(settings.requests, settings.behaviors, settings.candidates, settings.cost)
-        return all(own <= limit for own, limit in zip(self, most, strict=True))
+        return (
+            self.requests <= settings.requests
+            and self.behaviors <= settings.behaviors
+            and self.candidates <= settings.candidates
+            and self.cost <= settings.cost
+        )
 
 
 class BodyPart(NamedTuple):
@@ -63,11 +76,11 @@ class BodyPart(NamedTuple):
     size: Size
 
 
-class Work:
+class Work(Generic[Owner]):
     """A body in the scheduler.
 
     Args:
-        body: whatever the caller knows it by.
+        owner: what the caller knows the body by.
         kind: only bodies of one kind may share a model call.
         sizes: of each request, one at least.
         queued, deadline: seconds of the scheduler's clock.
@@ -78,14 +91,14 @@ class Work:
 
     def __init__(
         self,
-        body: Any,
+        owner: Owner,
         kind: Hashable,
         sizes: Sequence[Size],
         settings: BatchSettings,
         queued: float = 0.0,
         deadline: float = math.inf,
     ) -> None:
-        self.body, self.kind, self.queued, self.deadline = body, kind, queued, deadline
+        self.owner, self.kind, self.queued, self.deadline = owner, kind, queued, deadline
         self.parts = parts_of(sizes, settings)
         self.done = 0
         self._costs = [0, *accumulate(part.size.cost for part in self.parts)]
@@ -96,13 +109,18 @@ class Work:
         return self.parts[self.done]
 
     @property
-    def is_last(self) -> bool:
-        return self.done + 1 == len(self.parts)
+    def parts_left(self) -> int:
+        """How many parts were not scored yet."""
+        return len(self.parts) - self.done
 
-    def cost(self, parts: int | None = None) -> int:
-        """Of the next so many parts, or of all that are left."""
-        end = len(self.parts) if parts is None else min(self.done + parts, len(self.parts))
-        return self._costs[end] - self._costs[self.done]
+    def requests(self, parts: int) -> int:
+        """Of the next so many parts."""
+        end = min(self.done + parts, len(self.parts))
+        return self.parts[end - 1].end - self.part.first
+
+    def cost(self, parts: int) -> int:
+        """Of the next so many parts."""
+        return self._costs[min(self.done + parts, len(self.parts))] - self._costs[self.done]
 
 
 def parts_of(sizes: Sequence[Size], settings: BatchSettings) -> list[BodyPart]:
@@ -116,69 +134,77 @@ def parts_of(sizes: Sequence[Size], settings: BatchSettings) -> list[BodyPart]:
     return parts
 
 
-class Scheduler:
+class Scheduler(Generic[Owner]):
     """Bodies that wait, in the order of their turns. It knows no clock and no thread.
 
     The first body always gets its turn, and a body that had one stands behind all that wait then. So a body
     waits for one part of each body before it at most, and nobody waits for ever.
+
+    Attributes:
+        settings: of model calls; bodies keep the parts that they came with.
     """
 
     def __init__(self, settings: BatchSettings) -> None:
         self.settings = settings
-        self._ring: deque[Work] = deque()
-        self._under_way: list[Work] = []
-
-    def __len__(self) -> int:
-        """Bodies that wait or are scored."""
-        return len(self._ring) + len(self._under_way)
+        self._ring: deque[Work[Owner]] = deque()
+        self._under_way: list[Work[Owner]] = []
 
     @property
-    def works(self) -> list[Work]:
-        """All bodies: those under way first."""
-        return [*self._under_way, *self._ring]
+    def waiting(self) -> Sequence[Work[Owner]]:
+        """The bodies whose next parts wait, in the order of their turns."""
+        return self._ring
 
     @property
-    def first(self) -> Work | None:
-        """Whose turn is next."""
-        return self._ring[0] if self._ring else None
+    def under_way(self) -> Sequence[Work[Owner]]:
+        """The bodies whose next parts are scored now."""
+        return self._under_way
 
-    def cost_before(self, work: Work) -> int:
-        """The most that is scored until all parts of a new body are, these included."""
-        rounds = len(work.parts)
-        under_way = sum(each.cost(1) for each in self._under_way)
-        again = sum(each.cost(rounds + 1) - each.cost(1) for each in self._under_way)
-        return under_way + again + sum(each.cost(rounds) for each in self._ring) + work.cost()
+    def before(self, new: Work[Owner]) -> tuple[int, int]:
+        """Requests and their cost that are scored until all of a new body is, its own among them.
 
-    def add(self, work: Work) -> None:
+        An estimate: every other body gets as many turns meanwhile as the new one has parts. It is less where
+        bodies are scored earlier beside others, and another where bodies come or go.
+        """
+        turns = len(new.parts)
+        works = [new, *self._ring, *self._under_way]
+        return sum(work.requests(turns) for work in works), sum(work.cost(turns) for work in works)
+
+    def add(self, new: Work[Owner]) -> None:
         """A new body, behind all others."""
-        self._ring.append(work)
+        self._ring.append(new)
 
-    def remove(self, work: Work) -> None:
+    def remove(self, work: Work[Owner]) -> None:
         """A body whose answer nobody waits for: none of its further parts is scored."""
-        for works in (self._ring, self._under_way):
-            if work in works:
-                works.remove(work)
+        if work in self._ring:
+            self._ring.remove(work)
+        if work in self._under_way:
+            self._under_way.remove(work)
 
-    def begin(self, now: float) -> list[Work]:
+    def expire(self, now: float) -> list[Work[Owner]]:
+        """The bodies that wait, and whose deadline has passed: they are removed."""
+        late = [work for work in self._ring if work.deadline <= now]
+        for work in late:
+            self._ring.remove(work)
+        return late
+
+    def begin(self) -> list[Work[Owner]]:
         """The bodies whose next parts are scored by one model call, which is under way from now on.
 
-        Bodies whose deadline has passed are removed first. The first body brings its next part; behind it,
-        in order, come bodies of its kind of which everything that is left fits in.
+        The first body brings its next part; behind it, in order, come bodies of its kind of which everything
+        that is left fits in.
         """
-        for work in [each for each in self._ring if each.deadline <= now]:
-            self._ring.remove(work)
         if not self._ring:
             return []
-        head = self._ring[0]
+        head = self._ring.popleft()
         chosen, size = [head], head.part.size
-        for work in list(self._ring)[1:]:
-            if work.kind == head.kind and work.is_last:
-                together = size.plus(work.part.size)
-                if together.fits(self.settings):
+        if size.requests < self.settings.requests:
+            for work in list(self._ring):
+                if work.kind != head.kind or work.parts_left > 1:
+                    continue
+                if (together := size.plus(work.part.size)).fits(self.settings):
                     chosen.append(work)
+                    self._ring.remove(work)
                     size = together
-        for work in chosen:
-            self._ring.remove(work)
         self._under_way = list(chosen)
         return chosen
 
@@ -186,6 +212,6 @@ class Scheduler:
         """The parts under way have been scored; bodies with further ones go behind all that wait now."""
         for work in self._under_way:
             work.done += 1
-            if work.done < len(work.parts):
+            if work.parts_left:
                 self._ring.append(work)
         self._under_way = []

@@ -110,7 +110,7 @@ def test_a_new_version_is_taken_and_a_bad_one_refused_while_requests_go_on(
     shutil.copytree(made / "snapshot", root)
     token = tmp_path / "token"
     token.write_text("a token for the tests\n")
-    words = ("--poll-seconds", "0.1", "--reload-token-file", str(token))
+    words = ("--set", "updates.poll_seconds=0.1", "--set", f"access.reload_token_file={token}")
     with server(root, *words) as (process, url):
         seen: list[tuple[int, str]] = []
         over = threading.Event()
@@ -164,7 +164,7 @@ def look_at_the_page_without_histories(url: str) -> None:
 
 def test_sigterm_finishes_what_was_accepted(made: Path) -> None:
     """Bodies that wait when the signal comes are still answered; then it ends with 0, silently."""
-    with server_alone(made / "snapshot", "--batch-window-ms", "1500") as (process, url):
+    with server_alone(made / "snapshot", "--set", "batching.window_ms=1500") as (process, url):
         if CHROMIUM is not None:
             look_at_the_page_without_histories(url)
         answers: list[tuple[int, Any]] = []
@@ -188,20 +188,31 @@ def test_a_port_in_use_is_said_before_the_snapshot_is_loaded(capsys: pytest.Capt
         port = str(other.getsockname()[1])
         assert main(["serve", "--snapshot", "none", "--port", port]) == 2
     expected = (
-        f"--port {port}: address already in use on 127.0.0.1; name another --port, or 0 for any free one"
+        f"http.port = {port}: address already in use on 127.0.0.1; name another one, or 0 for any free one"
     )
     assert capsys.readouterr().err == f"tandemrec: error: {expected}\n"
 
 
 def test_what_cannot_be_served_is_one_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     snapshot = str(made / "snapshot")
+    token = "access.reload_token_file"
     for words, message in (
         (["--snapshot", "nowhere"], "no snapshot here"),
         (["--snapshot", snapshot, "--histories", "nowhere"], "not a sequence log"),
         (["--snapshot", snapshot, "--port", "70000"], "--port"),
-        (["--snapshot", snapshot, "--max-in-flight", "5"], "--max-in-flight: 5 bytes is less than one body"),
-        (["--snapshot", snapshot, "--reload-token-file", "nowhere"], "nowhere: the token cannot be read"),
-        (["--snapshot", snapshot, "--reload-token-file", os.devnull], "16 or more plain characters"),
+        (["--snapshot", snapshot, "--max-in-flight", "5"], "is the key limits.in_flight now"),
+        (
+            ["--snapshot", snapshot, "--set", "limits.in_flight=5"],
+            "limits.in_flight = 5 is less than one body",
+        ),
+        (
+            ["--snapshot", snapshot, "--set", f"{token}=nowhere"],
+            "nowhere: the token cannot be read",
+        ),
+        (
+            ["--snapshot", snapshot, "--set", f"{token}={os.devnull}"],
+            "16 or more plain characters",
+        ),
     ):
         assert main(["serve", "--port", "0", *words]) == 2
         said = capsys.readouterr().err

@@ -94,32 +94,33 @@ class PairScores:
                 score_M = score_M + query.times(Rows.of(encoding.tables[name].double(), index[:, 0]))
         return score_M
 
-    def of_windows(self) -> Tensor:
-        """float64 [C, heads, X] of all pairs; -inf where a window holds nothing. For scores that are inner
-        products: for others it would take a layer in double precision for every pair."""
+    def of_windows(self) -> list[Tensor]:
+        """Of each head, float64 [C, X] of all pairs; -inf where a window holds nothing.
+
+        For scores that are inner products alone: others would take a layer in double precision a pair.
+        """
         scorer, raw, windows = self.scorer, self.raw, self.windows
         assert isinstance(scorer, DotScorer)
-        whole_CHD, unit_CH = self._whole_heads(self._mapped_queries(raw.query_CD.float(), raw.group_C))
-        whole_NHD, unit_NH = self._whole_heads(_mapped(scorer.key, raw.key_ND.float()))
-        marks = windows.of_candidates().marks if not scorer.shares_bias else windows.marks
-        if scorer.bias is not None and scorer.bias.of_target:
-            bias_CX = scorer._kept_bias(raw, windows.of_candidates()).double()
-        else:
+        query_CHD = self._rounded_heads(self._mapped_queries(raw.query_CD.float(), raw.group_C))
+        key_NHD = self._rounded_heads(_mapped(scorer.key, raw.key_ND.float()))
+        shared, of_candidate = scorer.bias is None or not scorer.bias.of_target, windows.of_candidates()
+        if shared:
             own = None if scorer.bias is None else scorer.bias.shared(windows.marks)
-            bias_CX = scorer._besides(raw, windows, own).double()[windows.of_candidate]
-        bias_CX = bias_CX.masked_fill(~windows.mask[windows.of_candidate], -torch.inf)
+            bias = scorer._besides(raw, windows, own).double().masked_fill(~windows.mask, -torch.inf)
+        else:
+            bias = scorer._kept_bias(raw, of_candidate).double().masked_fill(~of_candidate.mask, -torch.inf)
         scores = []
         for head in range(scorer.heads):
-            key_WXD, unit_WX = whole_NHD[:, head][windows.index], unit_NH[:, head][windows.index]
-            product_WSX = windows.slots.spread(whole_CHD[:, head]) @ key_WXD.transpose(1, 2)
-            product_CX = windows.slots.collect(product_WSX * unit_WX[:, None]) * unit_CH[:, head, None]
-            score_CX = bias_CX + product_CX
+            key_WXD = key_NHD[:, head][windows.index]
+            score_WSX = windows.slots.spread(query_CHD[:, head]) @ key_WXD.transpose(1, 2)
+            score_CX = windows.slots.collect(score_WSX + bias[:, None] if shared else score_WSX)
+            score_CX = score_CX if shared else score_CX + bias
             if scorer.encoding is not None:
-                parts = _of_encoding(scorer.encoding, whole_CHD[:, head], marks, raw.group_C)
-                for part_CX in parts:
-                    score_CX = score_CX + part_CX * unit_CH[:, head, None]
+                marks, query_CD = of_candidate.marks, query_CHD[:, head]
+                for part_CX in _of_encoding(scorer.encoding, query_CD, marks, raw.group_C):
+                    score_CX = score_CX + part_CX
             scores.append(score_CX)
-        return torch.stack(scores, dim=1)
+        return scores
 
     def _mapped_queries(self, query_RD: Tensor, group_R: Tensor) -> Tensor:
         """Queries as they are multiplied, float64: encoded, projected, scaled."""
@@ -128,13 +129,14 @@ class PairScores:
         if scorer.encoding is not None:
             query_RD = scorer.encoding.target(query_RD, group_R)
         mapped_RD = _mapped(scorer.query, query_RD)
-        return mapped_RD * max(mapped_RD.shape[1] // scorer.heads, 1) ** -0.5
+        scale: float = max(mapped_RD.shape[1] // scorer.heads, 1) ** -0.5
+        return mapped_RD * scale
 
-    def _whole_heads(self, rows_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole numbers [R, heads, D] and their units [R, heads]."""
+    def _rounded_heads(self, rows_RD: Tensor) -> Tensor:
+        """Rows rounded to whole numbers times a power of two, [R, heads, D]: their products are exact."""
         heads = self.scorer.heads
         whole, unit = whole_rows(rows_RD.reshape(rows_RD.shape[0] * heads, rows_RD.shape[1] // heads))
-        return whole.view(rows_RD.shape[0], heads, whole.shape[1]), unit.view(rows_RD.shape[0], heads)
+        return (whole * unit).view(rows_RD.shape[0], heads, whole.shape[1])
 
     def _products(self, query: Rows, index_M: Tensor, row_M: Tensor) -> Tensor:
         """Inner products of queries and behaviors' keys; of many, equal ones are multiplied once."""
@@ -256,17 +258,19 @@ def _mapped(module: nn.Module | None, rows_RD: Tensor) -> Tensor:
     return rows @ weight.T * unit * of_weight.T
 
 
-def _of_encoding(encoding: TimeEncoding, whole_CD: Tensor, marks: Marks, group_C: Tensor) -> Iterator[Tensor]:
-    """Exact products of whole queries with the encodings of their windows' behaviors, [C, X] each."""
+def _of_encoding(
+    encoding: TimeEncoding, rounded_CD: Tensor, marks: Marks, group_C: Tensor
+) -> Iterator[Tensor]:
+    """Exact products of rounded queries with the encodings of their windows' behaviors, [C, X] each."""
     for name, table in encoding.tables.items():
         whole_RD, unit_R1 = whole_rows(table.double())
+        rounded_RD = whole_RD * unit_R1
         if encoding.form == "joint":
-            rows = encoding.rows[name]
-            of_group_CMD = F.embedding(group_C, whole_RD.view(encoding.groups, -1)).unflatten(1, (rows, -1))
-            unit_CM = F.embedding(group_C, unit_R1.view(encoding.groups, rows))
-            product_CM = (of_group_CMD @ whole_CD.unsqueeze(2)).squeeze(2) * unit_CM
+            rows_GR = rounded_RD.view(encoding.groups, -1)
+            of_group_CMD = F.embedding(group_C, rows_GR).unflatten(1, (encoding.rows[name], -1))
+            product_CM = (of_group_CMD @ rounded_CD.unsqueeze(2)).squeeze(2)
         else:
-            product_CM = whole_CD @ whole_RD.T * unit_R1.T
+            product_CM = rounded_CD @ rounded_RD.T
         yield product_CM.gather(1, marks.index(name))
 
 

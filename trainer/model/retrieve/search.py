@@ -202,10 +202,10 @@ def best_columns(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Ten
 
 def exact_columns(pairs: PairScores, k: int) -> tuple[Tensor, Tensor]:
     """Columns of the K best by their exact scores alone, for a model that is exported."""
-    score_CHX = pairs.of_windows()
-    if score_CHX.shape[1] == 1:
-        return traced_top_columns(score_CHX[:, 0], k)
-    return round_robin(score_CHX, k)
+    scores = pairs.of_windows()
+    if len(scores) == 1:
+        return traced_top_columns(scores[0], k)
+    return round_robin(torch.stack(scores, dim=1), k)
 
 
 def round_robin(score_CHX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:
