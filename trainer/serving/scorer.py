@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from embeddings.errors import ConfigError
 from trainer.config.sections import DataConfig
@@ -132,7 +134,6 @@ class Scorer:
             self.branches[name] = branch
             if branch.search is not None:
                 branch.search = per_window(branch.search)
-                branch.search.register_forward_hook(self._note_searched)
 
     @property
     def version(self) -> str:
@@ -169,13 +170,13 @@ class Scorer:
         batch = self.batch(requests, places=explain)
         model = None if self.states is None else self.states.model_for(requests)
         read: dict[str, Reading] = {}
-        pooling = self.snapshot.model.pooling
-        hook = pooling.register_forward_hook(lambda _, __, pooled: read.update(pooled.of_branch))
-        try:
+        # For this call alone: a hook that stayed would be a reference from the model back to the scorer, and
+        # the tables of a version that is served no more would stay mapped until the collector meets them.
+        with ExitStack() as hooks:
+            for watched, note in self._hooks(read):
+                hooks.callback(watched.register_forward_hook(note).remove)
             judged = self.snapshot.judge(batch, model) if any(explore) else None
             scores = self.snapshot.score(batch, model) if judged is None else judged.mean.sigmoid()
-        finally:
-            hook.remove()
         ended = self.clock()
         skipped = np.repeat([r.skipped for r in requests], [r.count for r in requests]).tolist()
         explained = {
@@ -197,6 +198,13 @@ class Scorer:
             )
             begin = own.stop
         return answers, Seconds(self._searched - started, ended - self._searched)
+
+    def _hooks(self, read: dict[str, Reading]) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
+        """Parts of the model, and what notes that they have run: when a search ended, and what was read."""
+        for branch in self.branches.values():
+            if branch.search is not None:
+                yield branch.search, self._note_searched
+        yield self.snapshot.model.pooling, lambda _, __, pooled: read.update(pooled.of_branch)
 
     def _note_searched(self, *_: object) -> None:
         self._searched = self.clock()

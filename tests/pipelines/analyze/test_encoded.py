@@ -50,6 +50,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_run(folder / "run", log, "dare", *more)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports are made and not drawn, which takes most of the time; test_runs.py draws every section."""
+    monkeypatch.setattr("pipelines.analyze.analyze.write_report", lambda report, out: out)
+
+
 def test_the_model_of_some_requests_scores_as_that_of_all(run: Path) -> None:
     """A part of a number has as many rows as its encoder says, however few of them a request has."""
     with process_group(device="cpu", alone=True) as ranks:
@@ -61,6 +67,7 @@ def test_the_model_of_some_requests_scores_as_that_of_all(run: Path) -> None:
             np.testing.assert_array_equal(opened.model([batch]).score(batch), whole.score(batch))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_section_is_made(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "ENOUGH", 8)
     what = ("entanglement", "gradients", "search", "tables")
@@ -75,6 +82,7 @@ def test_every_section_is_made(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert f"ids of {part} are not counted" in left_out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_section_that_cannot_be_made_costs_no_other(run: Path, tmp_path: Path) -> None:
     options = AnalyzeOptions(what=("collapse", "search"), split="validation", device="cpu")
     collapse, of_search = analyze([run], tmp_path / "report", options).sections

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from trainer.config.model import BranchKeys
 from trainer.model.ops.signs import random_planes, sign_bits
+from trainer.model.ops.traced import is_traced
 from trainer.model.read.sequence import Behaviors, TargetPooling, split_parts
 from trainer.model.sizes import BranchSizes
 
@@ -143,5 +144,9 @@ class HashCollision(TargetPooling):
         unit_WBD = units[0] if len(units) == 1 else torch.cat(units, dim=2)
         wanted_CM = first.buckets(behaviors.raw.query_CD)
         row_CM = behaviors.windows.of_candidate[:, None] * unit_WBD.shape[1] + wanted_CM
-        pooled_CD = F.embedding_bag(row_CM, unit_WBD.flatten(0, 1), mode="mean")
+        rows_RD = unit_WBD.flatten(0, 1)
+        if is_traced():
+            pooled_CD = F.embedding(row_CM, rows_RD).mean(1)
+        else:
+            pooled_CD = F.embedding_bag(row_CM, rows_RD, mode="mean")
         return split_parts(first.parts(behaviors.target_CD, pooled_CD), widths)

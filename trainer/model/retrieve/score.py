@@ -20,9 +20,10 @@ from trainer.config.model import BranchKeys
 from trainer.model.ops.bags import dots, rows_at
 from trainer.model.ops.precision import full, in_single_precision
 from trainer.model.ops.tiling import tiling_of
+from trainer.model.ops.traced import is_traced
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeBias, TimeEncoding
-from trainer.model.windows import Selection, Slots, Windows
+from trainer.model.windows import Selection, Slots, Windows, one_each
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,13 @@ class MlpScorer(Scorer):
         Keys are multiplied once for all candidates of their window. Autocast halves the layers, not what is
         added to their scores.
         """
-        tiling, counts = tiling_of(vectors.key_ND.device), windows.host_counts
-        groups = tiling.groups(counts, windows.index.shape[1] * self.first.out_features)
+        tiling = tiling_of(vectors.key_ND.device)
+        if is_traced():
+            # How many windows there are is not known, so none are put off.
+            groups = [slice(None)]
+        else:
+            cells = windows.index.shape[1] * self.first.out_features
+            groups = tiling.groups(windows.host_counts, cells)
         score_of: Callable[..., Tensor] = self._side_by_side
         if torch.is_grad_enabled() and (tiling.always_again or len(groups) > 1):
             # Once more in the backward pass, which then keeps no [C, X, E].
@@ -249,7 +255,7 @@ class MlpScorer(Scorer):
         # As if what a candidate keeps were a window of its own.
         each = torch.arange(kept.index.shape[0], device=kept.index.device)
         key_CKD = rows_at(vectors.key_ND, kept.index)
-        slots = Slots(each, len(each), (1,) * len(each))
+        slots = Slots(each, each.shape[0], one_each(each.shape[0]))
         score_CK = full(self._side_by_side(vectors.query_CD, key_CKD, slots))
         with in_single_precision(score_CK.device):
             return (score_CK + self._kept_bias(vectors, kept))[:, None]
