@@ -22,6 +22,7 @@ from pipelines.serve.service import Service
 from pipelines.serve.settings import ServeSettings
 from pipelines.serve.traces import Tracer
 from trainer.serving.histories import HistoryStore
+from trainer.serving.user_state.stores import open_second_level
 from trainer.serving.versions import Versions
 
 
@@ -53,9 +54,12 @@ def serve(
     tracer = Tracer(settings.traces) if settings.traces.endpoint else None
     metrics, log = Metrics(tracer), Log(settings.logs)
     store = None if histories is None else HistoryStore(histories, cache=cache)
+    second = open_second_level(settings.user_states.store) if settings.user_states.bytes else None
     versions = Versions(
         *(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary, cache),
         hot_rows=settings.hot_rows.bytes,
+        user_states=settings.user_states,
+        second=second,
     )
     service = Service(versions, metrics, settings, log)
     notices = Notices(lambda status: metrics.errors.labels(str(status)).inc(), metrics.disconnects.inc)
@@ -77,6 +81,8 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     Server(config, service).run()
+    if second is not None:
+        second.close()
     if tracer is not None:
         tracer.close()
 

@@ -17,6 +17,7 @@ from trainer.config.mistakes import NAME
 from trainer.config.toml import Settings, load_settings
 from trainer.serving.request import Limits
 from trainer.serving.scheduler import BatchSettings
+from trainer.serving.user_state.settings import UserStateSettings
 
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -197,6 +198,7 @@ class ServeSettings(Settings):
     inference: InferenceSettings = InferenceSettings()
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
+    user_states: UserStateSettings = UserStateSettings()
     hot_rows: HotRowSettings = HotRowSettings()
     updates: UpdateSettings = UpdateSettings()
     access: AccessSettings = AccessSettings()

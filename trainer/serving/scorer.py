@@ -36,6 +36,7 @@ from trainer.serving.checks import visible_behaviors
 from trainer.serving.exploration import Exploration, Sureness, sureness
 from trainer.serving.request import Needs, Request
 from trainer.serving.user_state.maker import StateMaker
+from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.window_search import per_window
 from trainer.snapshot import Snapshot
@@ -93,6 +94,7 @@ class Scorer:
         chunk: behaviors of a chunk of clusters, for a model that searches clusters; 0 = not known.
         clock: seconds; of the wall, unless a measurement wants those of the processor.
         user_states: what is kept of users between their requests; None, or 0 bytes: nothing.
+        second: where other processes find it.
 
     Raises:
         ConfigError: the model searches clusters, and their chunk is not known.
@@ -104,6 +106,7 @@ class Scorer:
         chunk: int = 0,
         clock: Callable[[], float] = time.perf_counter,
         user_states: UserStateSettings | None = None,
+        second: SecondLevel | None = None,
     ) -> None:
         self.snapshot, self.needs, self.clock = snapshot, Needs.of(snapshot), clock
         manifest = snapshot.manifest
@@ -126,7 +129,7 @@ class Scorer:
         self.vocabularies: Mapping[str, KnownValues] = {}
         self.states: StateMaker | None = None
         if user_states is not None and user_states.bytes:
-            self.states = StateMaker(snapshot, self.needs, user_states, _digest_of(snapshot))
+            self.states = StateMaker(snapshot, self.needs, user_states, _digest_of(snapshot), second)
         self._searched = 0.0
         self.branches: dict[str, Branch] = {}
         for name, branch in snapshot.model.branches.items():

@@ -17,6 +17,8 @@ from trainer.log.known_values import drop_unused
 from trainer.serving.histories import HistoryStore
 from trainer.serving.latest import Look, Outcome, Sealed, compare
 from trainer.serving.scorer import Scorer
+from trainer.serving.user_state.second_level import SecondLevel
+from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.vocabulary import vocabularies_of
 from trainer.snapshot import exported_at, load_fetched, resolve, shown
 
@@ -33,6 +35,8 @@ class Versions:
         cache: where versions of a snapshot in an object store are fetched to, and vocabularies kept that are
             too large for memory; None: the user's caches.
         hot_rows: bytes for rows that are asked for most, see `embeddings.lookup.hot_rows`; 0 = none are kept.
+        user_states: what is kept of users between their requests, for each version anew; second: where other
+            processes find it, open as long as this lives.
         reloaded: told "switched", "unchanged", "refused" or "failed" after every attempt.
 
     Attributes:
@@ -59,8 +63,11 @@ class Versions:
         vocabulary: Path | None = None,
         cache: Path | None = None,
         hot_rows: int = 0,
+        user_states: UserStateSettings | None = None,
+        second: SecondLevel | None = None,
     ) -> None:
         self._cache, self._hot_bytes = cache, hot_rows
+        self._user_states, self._second = user_states, second
         self._hot_rows: dict[str, HotRows] = {}
         self.root, self.histories, self._reloaded = root, histories, reloaded
         self._vocabulary = vocabulary
@@ -165,7 +172,8 @@ class Versions:
         if self.histories is not None:
             known = self.histories.manifest
             snapshot.check_vocabularies({**known.features, **known.context}, self.histories.log)
-        scorer = Scorer(snapshot, self.histories.chunk if self.histories else 0)
+        chunk = self.histories.chunk if self.histories else 0
+        scorer = Scorer(snapshot, chunk, user_states=self._user_states, second=self._second)
         scorer.vocabularies = vocabularies_of(snapshot, self._vocabulary, self._cache)
         users = self.histories.users if self.histories is not None else None
         drop_unused(each.folder for each in (*scorer.vocabularies.values(), users) if each is not None)

@@ -24,6 +24,7 @@ from trainer.model.known import KnownBehaviors
 from trainer.serving.request import Needs, Request
 from trainer.serving.user_state.cache import Outcome, StateCache
 from trainer.serving.user_state.predict import predict
+from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.user_state.state import BLOCK, LINE, Stretch, UserState, block_of
 from trainer.snapshot import Snapshot
@@ -87,15 +88,21 @@ class StateMaker:
     Args:
         snapshot, needs: of the scorer.
         settings: their `bytes` are not 0.
+        snapshot_digest: of the manifest; second: where states are shared with other processes.
 
     Attributes:
         cache: the states that are kept.
     """
 
     def __init__(
-        self, snapshot: Snapshot, needs: Needs, settings: UserStateSettings, snapshot_digest: str
+        self,
+        snapshot: Snapshot,
+        needs: Needs,
+        settings: UserStateSettings,
+        snapshot_digest: str,
+        second: SecondLevel | None = None,
     ) -> None:
-        self.model, self.needs, self.settings = snapshot.model, needs, settings
+        self.model, self.needs, self.settings, self.second = snapshot.model, needs, settings, second
         self.plan = Plan.of(snapshot.model, settings.representation)
         self.cache = StateCache(settings.bytes)
         # A data path that searches, or clusters, leaves other behaviors in every batch.
@@ -167,6 +174,8 @@ class StateMaker:
         olds: dict[int, UserState | None] = {}
         for place, key in keys.items():
             wanted, old = parts[place].stretch, self.cache.get(key)
+            if old is None and self.second is not None:
+                old = self._shared(key)
             outcome: Outcome = "miss"
             if old is not None and old.has(wanted):
                 outcome, states[place] = "hit", old
@@ -183,7 +192,20 @@ class StateMaker:
             made = self._made(keys[place], parts[place].stretch, olds[place], vectors)
             states[place] = made
             self.cache.put(made)
+            if self.second is not None:
+                self.second.put(made)
         return {place: state.rows_of(parts[place].stretch) for place, state in states.items()}
+
+    def _shared(self, key: bytes) -> UserState | None:
+        """What another process made, as far as it is what this one would make."""
+        assert self.second is not None
+        found = self.second.get(key)
+        if found is None or _shapes(found.rows) != _shapes(self._row):
+            return None
+        # In memory of its own, which begins at a line.
+        found = replace(found, rows={name: part.clone() for name, part in found.rows.items()}, writable=True)
+        self.cache.put(found)
+        return found
 
     def _looked_up(
         self, first: Mapping[int, int], parts: Sequence[_Part], batch: RequestBatch
@@ -289,6 +311,10 @@ class StateMaker:
                 of_branch[branch][what] = part
         known = {name: rows[f"{_GROUP}{name}"] for name in self.plan.known}
         return KnownBehaviors(known, of_branch, self.plan.selects)
+
+
+def _shapes(rows: Rows) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (part.shape[1:], part.dtype) for name, part in rows.items()}
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
