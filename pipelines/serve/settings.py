@@ -6,10 +6,11 @@ What a library of `trainer.serving` takes is made of a section by its method, so
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.serve.load import LoadLimits
 from trainer.config.mistakes import NAME
@@ -87,9 +88,15 @@ class LimitSettings(Settings):
     @model_validator(mode="after")
     def _has_room_for_one(self) -> LimitSettings:
         if self.in_flight < self.body:
-            problem = f"is less than one body may have, limits.body = {self.body}"
-            raise ValueError(f"limits.in_flight = {self.in_flight} {problem}")
+            problem = f"is less than one body may have, body = {self.body}"
+            raise ValueError(f"in_flight = {self.in_flight} {problem}")
         return self
+
+    @staticmethod
+    def of(limits: Limits) -> dict[str, int]:
+        """Limits by their keys."""
+        found = asdict(limits)
+        return {"json_body" if name == "json" else name: most for name, most in found.items()}
 
     def limits(self) -> Limits:
         """As the readers of bodies take them."""
@@ -125,6 +132,14 @@ class BatchingSettings(Settings):
         return BatchSettings(window=self.window_ms / 1000, deadline=self.deadline_ms / 1000, **own)
 
 
+class HotRowSettings(Settings):
+    """Rows that are asked for most, side by side in memory, in front of tables that are larger than it."""
+
+    bytes: NonNegativeInt = 0
+    """Bytes for them, of all tables together; while others are chosen, twice as many. 0 = none are kept. They
+    pay where tables do not fit into memory, and cost time where they do: see benchmarks/hot_rows.md."""
+
+
 class UpdateSettings(Settings):
     """How newer versions of the snapshot are taken up."""
 
@@ -134,7 +149,7 @@ class UpdateSettings(Settings):
 
 class AccessSettings(Settings):
     """Tokens: files with one line of 16 or more plain characters, which a client brings as
-    `Authorization: Bearer TOKEN`. A file that changes is read again within a second."""
+    `Authorization: Bearer TOKEN`. A file that has changed is read again when the next client brings one."""
 
     reload_token_file: Path | None = None
     """Of POST /reload. Not set: nobody may ask for it."""
@@ -182,6 +197,7 @@ class ServeSettings(Settings):
     inference: InferenceSettings = InferenceSettings()
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
+    hot_rows: HotRowSettings = HotRowSettings()
     updates: UpdateSettings = UpdateSettings()
     access: AccessSettings = AccessSettings()
     logs: LogSettings = LogSettings()
