@@ -26,6 +26,7 @@ from trainer.serving.user_state.cache import Outcome, StateCache
 from trainer.serving.user_state.predict import predict
 from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.user_state.state import BLOCK, LINE, Stretch, UserState, block_of
+from trainer.serving.user_state.stores import open_second_level
 from trainer.snapshot import Snapshot
 
 _GROUP, _BRANCH = "group/", "branch/"
@@ -97,10 +98,10 @@ class StateMaker:
     ) -> None:
         self.model, self.needs, self.settings = snapshot.model, needs, settings
         self.plan = Plan.of(snapshot.model, settings.representation)
-        self.cache = StateCache(settings.bytes)
         # A data path that searches, or clusters, leaves other behaviors in every batch.
         data = snapshot.manifest.config.data
         self.off = bool(data.search.levels) or data.clusters or not self.plan.groups
+        self.cache = StateCache(settings.bytes, None if self.off else open_second_level(settings.store))
         matters = [snapshot_digest, settings.representation, BLOCK, torch.__version__]
         matters += [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
         self._digest = hashlib.sha256(json.dumps(matters).encode()).digest()
