@@ -54,7 +54,8 @@ def serve(
     metrics, log = Metrics(tracer), Log(settings.logs)
     store = None if histories is None else HistoryStore(histories, cache=cache)
     versions = Versions(
-        snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary, cache
+        *(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary, cache),
+        hot_rows=settings.hot_rows.bytes,
     )
     service = Service(versions, metrics, settings, log)
     notices = Notices(lambda status: metrics.errors.labels(str(status)).inc(), metrics.disconnects.inc)

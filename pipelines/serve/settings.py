@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipelines.serve.load import LoadLimits
 from trainer.config.mistakes import NAME
@@ -132,6 +132,14 @@ class BatchingSettings(Settings):
         return BatchSettings(window=self.window_ms / 1000, deadline=self.deadline_ms / 1000, **own)
 
 
+class HotRowSettings(Settings):
+    """Rows that are asked for most, side by side in memory, in front of tables that are larger than it."""
+
+    bytes: NonNegativeInt = 0
+    """Bytes for them, of all tables together; while others are chosen, twice as many. 0 = none are kept. They
+    pay where tables do not fit into memory, and cost time where they do: see benchmarks/hot_rows.md."""
+
+
 class UpdateSettings(Settings):
     """How newer versions of the snapshot are taken up."""
 
@@ -189,6 +197,7 @@ class ServeSettings(Settings):
     inference: InferenceSettings = InferenceSettings()
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
+    hot_rows: HotRowSettings = HotRowSettings()
     updates: UpdateSettings = UpdateSettings()
     access: AccessSettings = AccessSettings()
     logs: LogSettings = LogSettings()

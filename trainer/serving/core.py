@@ -308,7 +308,7 @@ class ScoringCore:
         """Raises RequestError (503) for a body that would be scored too late."""
         now = self.clock()
         requests, cost = self._scheduler.before(job)
-        calls = math.ceil(requests / self.settings.batching.requests)
+        calls = max(math.ceil(requests / self.settings.batching.requests), len(job.parts))
         seconds = self._pace.seconds(work_of(calls, requests, cost), now)
         if not seconds or now + seconds <= job.deadline:
             return
