@@ -10,13 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from pipelines.serve.load import LoadLimits
 from trainer.config.mistakes import NAME
 from trainer.config.toml import Settings, load_settings
 from trainer.serving.request import Limits
 from trainer.serving.scheduler import BatchSettings
+from trainer.serving.user_state.settings import UserStateSettings
 
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -198,6 +206,7 @@ class ServeSettings(Settings):
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
     hot_rows: HotRowSettings = HotRowSettings()
+    user_states: UserStateSettings = UserStateSettings()
     updates: UpdateSettings = UpdateSettings()
     access: AccessSettings = AccessSettings()
     logs: LogSettings = LogSettings()

@@ -123,7 +123,7 @@ class GrpcServer:
         return answer
 
     async def _live(self, request: Any, context: Context) -> Any:
-        return pb.ServerLiveResponse(live=True)
+        return pb.ServerLiveResponse(live=self._service.live())
 
     async def _ready(self, request: Any, context: Context) -> Any:
         return pb.ServerReadyResponse(ready=self._inference.ready())

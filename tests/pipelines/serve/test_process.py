@@ -246,14 +246,18 @@ def test_what_cannot_be_served_is_one_line(made: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_page_shows_a_user_his_candidates_and_what_was_kept(made: Path, tmp_path: Path) -> None:
+    words = ("--set", "user_states.least=1")
     with (
-        server(made / "snapshot", "--histories", str(made / "log")) as (_, url),
+        server(made / "snapshot", "--histories", str(made / "log"), *words) as (_, url),
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
         browser(Path(profile)) as page,
     ):
         user = max(ROWS, key=lambda row: row["num_behaviors"])
         page.open(url)
         page.wait("document.body.dataset.ready")
+        page.wait("$('candidates-note').innerText.endsWith('state of the user: made for this request')")
+        page.value("$('request').onchange()")
+        page.wait("$('candidates-note').innerText.endsWith('state of the user: known from before')")
         page.value(f"$('user').value = {user['user_id']}; $('user').onchange()")
         page.wait(f"document.body.dataset.ready.startsWith('{user['user_id']}/')")
         visible = sum(t < user["request_timestamp"][-1] for t in user["history_timestamp"])
