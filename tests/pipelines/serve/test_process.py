@@ -228,7 +228,7 @@ def test_what_cannot_be_served_is_one_line(made: Path, capsys: pytest.CaptureFix
         (["--snapshot", snapshot, "--max-in-flight", "5"], "is the key limits.in_flight now"),
         (
             ["--snapshot", snapshot, "--set", "limits.in_flight=5"],
-            "limits.in_flight = 5 is less than one body",
+            "in_flight = 5 is less than one body",
         ),
         (
             ["--snapshot", snapshot, "--set", f"{token}=nowhere"],
