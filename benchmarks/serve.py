@@ -41,16 +41,16 @@ from embeddings.errors import TandemError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import Dtype, to_stored
-from pipelines.serve.app import Service, build_app
+from pipelines.serve.app import build_app
 from pipelines.serve.metrics import Metrics
+from pipelines.serve.service import Service
 from trainer.assemble import build_model
 from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import Settings, load_settings
 from trainer.log.bags import Bags
 from trainer.run_config import Config
 from trainer.serving.arrow_body import MEDIA_TYPE
-from trainer.serving.batcher import BatchSettings
-from trainer.serving.request import History, Limits, Request
+from trainer.serving.request import History, Request
 from trainer.serving.scorer import Scorer
 from trainer.snapshot import Snapshot
 from trainer.snapshot.manifest import InputFeature
@@ -102,6 +102,8 @@ class _Manifest:
     )
     recorded_features: tuple[str, ...] = (_FEATURE,)
     recorded_context: tuple[str, ...] = ()
+    vectors: Mapping[str, Any] = field(default_factory=dict)
+    ids: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Only the times of the recorded requests are read.
@@ -325,7 +327,7 @@ def _bare_p50(scorer: Scorer, request: Request) -> float:
 @contextmanager
 def _server(scorer: Scorer) -> Iterator[str]:
     """The app on a free port, in a thread of this process."""
-    service = Service(_FixedVersion(scorer), Metrics(), Limits(), BatchSettings())  # type: ignore[arg-type]
+    service = Service(_FixedVersion(scorer), Metrics())  # type: ignore[arg-type]
     server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()

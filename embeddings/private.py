@@ -246,6 +246,11 @@ def critical_path(options: Any) -> Any:
 def compile_package(traced: Any, file: str) -> Any:
     """Compile an exported module into a file of machine code, and load it."""
     torch._inductor.aoti_compile_and_package(traced, package_path=file)
+    return load_package(file)
+
+
+def load_package(file: str) -> Any:
+    """Machine code of `compile_package`, as a function of its arguments."""
     return torch._inductor.aoti_load_package(file)
 
 

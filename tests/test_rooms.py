@@ -21,13 +21,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "pipelines": (
         *("analyze", "online", "train", "profile"),
         *("evaluate", "quality_report"),
-        *("export", "export_version", "export_uncertainty", "export_parity", "export_source"),
-        *("score", "serve", "unshard"),
+        *("export_portable", "export", "export_version"),
+        *("export_uncertainty", "export_parity", "export_source"),
+        *("vectors", "score", "serve", "unshard"),
         *("plan", "cluster", "windows", "ingest", "synth", "fetch", "doctor"),
         *("start", "task_lines", "console"),
     ),
     "trainer": (
-        *("analysis", "serving", "snapshot"),
+        *("analysis", "serving", "portable", "snapshot"),
         *("loop", "checkpoint", "assemble", "update"),
         *("quality", "objectives"),
         *("needs", "step_size", "run_folder", "run_config"),
@@ -44,7 +45,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("disk", "errors"),
     ),
 }
-MOST_ROOMS = {"trainer": 20}
+MOST_ROOMS = {"trainer": 21}
 # Arrows that still run up. None may be added; one that is gone is deleted here, or a test fails.
 EXCEPTIONS: set[tuple[str, str, str]] = set()
 

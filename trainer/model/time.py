@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from trainer.model.ops.bags import rows_at, weighted_bags
 from trainer.model.ops.precision import in_single_precision
+from trainer.model.ops.traced import frexp
 
 AGE_BUCKETS = 64
 # Where the second of an octave's two buckets begins, of significands from 1/2 to 1.
@@ -74,7 +75,7 @@ def age_bucket(seconds: Tensor) -> Tensor:
     Bucket 63 begins at 2 ** 31 seconds.
     """
     # Not the rounded logarithm: of a power of two it may be just below the whole number on some device.
-    significand, exponent = torch.frexp(seconds.clamp(min=1).to(torch.float64))
+    significand, exponent = frexp(seconds.clamp(min=1).to(torch.float64))
     bucket: Tensor = 2 * exponent - (significand < _HALF_AN_OCTAVE).to(torch.int32)
     return bucket.clamp(max=AGE_BUCKETS - 1)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from trainer.data.batch import RequestBatch
 from trainer.model.ops.bags import rows_at
 from trainer.model.ops.precision import full, in_single_precision
+from trainer.model.ops.traced import is_traced
 from trainer.model.time import Marks, age_bucket, no_level
 
 
@@ -25,7 +26,8 @@ class Slots:
 
     Args:
         of_candidate: int64 [C], ascending: each candidate's window; windows: W.
-        counts: [W], candidates of each window; None: they are counted, for which the host waits.
+        counts: [W], candidates of each window, or one number that holds for all of them; None: they are
+            counted, for which the host waits.
     """
 
     def __init__(self, of_candidate: Tensor, windows: int, counts: Sequence[int] | None = None) -> None:
@@ -51,6 +53,11 @@ class Slots:
     def collect(self, part_WS: Tensor) -> Tensor:
         """The inverse: [W, slots, ...] -> [C, ...]."""
         return part_WS.flatten(0, 1) if self.full else part_WS[self.window, self.slot]
+
+
+def one_each(windows: int) -> tuple[int, ...]:
+    """Counts of windows of one candidate each. Exported, windows have one count that all of them share."""
+    return (1,) if is_traced() else (1,) * windows
 
 
 def places_in_groups(group: Tensor, groups: int) -> Tensor:
@@ -134,12 +141,14 @@ class Selection:
         index: int64 [C, K] ([W, K] where a sequence model works on windows), behaviors of the batch.
         mask: bool, False where a window holds fewer than K behaviors.
         marks, log_size: as in `Windows`.
+        score: float32, by the scorer of stage two, where a search that serves has them; else None.
     """
 
     index: Tensor
     mask: Tensor
     marks: Marks
     log_size: Tensor | None = None
+    score: Tensor | None = None
 
 
 def pooled_windows(value_SD: Tensor, place_WX: Tensor, windows: Windows, weight_CX: Tensor) -> Tensor:
@@ -205,7 +214,7 @@ def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
         torch.where(mask, level.to(torch.int32), 0),
     )
     each = torch.arange(batch.candidates, device=index.device)
-    return Windows(index, mask, marks, None, each, counts=(1,) * batch.candidates)
+    return Windows(index, mask, marks, None, each, counts=one_each(batch.candidates))
 
 
 def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:

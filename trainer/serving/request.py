@@ -26,10 +26,11 @@ class RequestError(TandemError):
 
     Args:
         status: HTTP status of the answer; problem: what is wrong, and where in the request.
+        retry_after: seconds after which trying again may help; None: it does not, or nobody knows when.
     """
 
-    def __init__(self, status: int, problem: str) -> None:
-        self.status = status
+    def __init__(self, status: int, problem: str, retry_after: int | None = None) -> None:
+        self.status, self.retry_after = status, retry_after
         super().__init__(problem)
 
 
@@ -43,6 +44,7 @@ class Limits:
         bag: ids of one behavior, candidate or context; ids: values of a body, shared ones counted each time.
         json: bytes of a body in JSON, whose parser needs some ten times as many.
         explained: candidates of a body that is to be explained.
+        cost: of a body, in pairs: see `trainer.serving.cost`.
     """
 
     body: int = 64 << 20
@@ -53,6 +55,7 @@ class Limits:
     ids: int = 8 << 20
     json: int = 8 << 20
     explained: int = 5_000
+    cost: int = 4_000_000_000
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from embeddings.errors import TandemError, UnavailableError
+from torch import nn
+
+from embeddings.errors import SnapshotError, TandemError, UnavailableError
+from embeddings.lookup.hot_rows import HotCounts, HotRows, keep_hot_rows, total
+from embeddings.lookup.plain import PlainBagCollection
 from trainer.log.known_values import drop_unused
 from trainer.serving.histories import HistoryStore
+from trainer.serving.latest import Look, Outcome, Sealed, compare
 from trainer.serving.scorer import Scorer
 from trainer.serving.vocabulary import vocabularies_of
-from trainer.snapshot import load_fetched, resolve, shown
+from trainer.snapshot import exported_at, load_fetched, resolve, shown
 
 
 class Versions:
@@ -25,11 +32,17 @@ class Versions:
         vocabulary: a log whose values may stand for ids, where a snapshot has none with it.
         cache: where versions of a snapshot in an object store are fetched to, and vocabularies kept that are
             too large for memory; None: the user's caches.
+        hot_rows: bytes for rows that are asked for most, see `embeddings.lookup.hot_rows`; 0 = none are kept.
         reloaded: told "switched", "unchanged", "refused" or "failed" after every attempt.
 
     Attributes:
         scorer: the one in use. Whoever took it may go on with it; its tables live as long as it does.
         refused: the newest version that was refused and why, or None.
+        looks: how often a look at LATEST found what, see `trainer.serving.latest`.
+        latest_problem: why the version that LATEST names is not the one that is served, as of the newest
+            look; None where it is.
+        exported_at, served_since: when the version in use was exported, and since when it is served; seconds
+            since 1970.
 
     Raises:
         SnapshotError: the first version cannot be loaded or fails its self-check.
@@ -45,60 +58,109 @@ class Versions:
         reloaded: Callable[[str], None] = lambda outcome: None,
         vocabulary: Path | None = None,
         cache: Path | None = None,
+        hot_rows: int = 0,
     ) -> None:
-        self._cache = cache
+        self._cache, self._hot_bytes = cache, hot_rows
+        self._hot_rows: dict[str, HotRows] = {}
         self.root, self.histories, self._reloaded = root, histories, reloaded
         self._vocabulary = vocabulary
         self.refused: tuple[str, str] | None = None
+        self.looks: Counter[Outcome] = Counter()
+        self.latest_problem: str | None = None
         self._lock = threading.Lock()
-        self.scorer = self._load(resolve(root))
+        self._refused: Sealed | None = None
+        found = Sealed.at(resolve(root))
+        self._serve(found, *self._load(found.path))
 
     def shown(self) -> str:
         """How to call the version in use: where it lies, and where it was fetched to."""
         return shown(self.root, self.scorer.snapshot.path)
 
+    @property
+    def digest(self) -> str:
+        """Of the manifest of the version in use: two versions may have one name, but not one digest."""
+        return self._served.digest
+
+    @property
+    def hot_counts(self) -> HotCounts:
+        """What was looked up in tables with hot rows, since this version is served."""
+        return total(self._hot_rows)
+
     def newer(self) -> Path | None:
         """The version that LATEST names, unless it is served or was refused.
 
         Raises:
-            SnapshotError: LATEST is gone or names no version.
+            SnapshotError: LATEST is gone, or names no version, an older one, or another one than the one of
+                this name that is served; or a file of the served one was written over where it lies.
+            UnavailableError: the store or the disk does not answer.
         """
-        path = resolve(self.root)
-        known = {self.scorer.version, self.refused[0] if self.refused else ""}
-        return None if path.name in known else path
+        found = self._look()
+        return found.path if found is not None else None
 
     def reload(self, retry: bool = True) -> bool:
         """Switch to the newest version; False if it is served already. Blocks; requests go on meanwhile.
 
         Args:
-            retry: try a version again that was refused before.
+            retry: take whatever version LATEST names, also one that was refused before or is older.
 
         Raises:
             UnavailableError: a store or a disk fails now. TandemError: the new version was refused. The old
                 one stays.
         """
         with self._lock:
-            path = resolve(self.root) if retry else self.newer()
-            if path is None or path.name == self.scorer.version:
+            found = Sealed.at(resolve(self.root)) if retry else self._look()
+            if found is None or (found == self._served and not self.scorer.snapshot.overwritten()):
                 self._reloaded("unchanged")
                 return False
             try:
                 # The name changes last: until then every request gets the old scorer.
-                self.scorer = self._load(path)
+                loaded = self._load(found.path)
             except Exception as error:
                 if isinstance(error, TandemError) and not isinstance(error, UnavailableError):
-                    self.refused = (path.name, str(error))
+                    self._refused, self.refused = found, (found.path.name, str(error))
+                    self.latest_problem = str(error)
                     self._reloaded("refused")
                 else:
                     # No fault of the version, as far as anybody knows: it is tried again.
                     self._reloaded("failed")
                 raise
-            self.refused = None
+            self._serve(found, *loaded)
             self._reloaded("switched")
             return True
 
-    def _load(self, path: Path) -> Scorer:
+    def _serve(self, found: Sealed, scorer: Scorer, hot_rows: dict[str, HotRows]) -> None:
+        self.exported_at, self.served_since = exported_at(found.path, scorer.snapshot.manifest), time.time()
+        self._refused = self.refused = self.latest_problem = None
+        self._served, self.scorer, self._hot_rows = found, scorer, hot_rows
+
+    def _look(self) -> Sealed | None:
+        """What may be taken of what LATEST names; every look is counted."""
+        look = self._found()
+        self.looks[look.outcome] += 1
+        if look.problem is not None:
+            self.latest_problem = str(look.problem)
+            raise look.problem
+        self.latest_problem = self.refused[1] if look.outcome == "refused" and self.refused else None
+        return look.version if look.outcome == "newer" else None
+
+    def _found(self) -> Look:
+        try:
+            look = compare(Sealed.at(resolve(self.root)), self._served, self._refused, self.root)
+        except TandemError as error:
+            look = Look("unreachable" if isinstance(error, UnavailableError) else "broken", None, error)
+        # A newer version mends it.
+        changed = "" if look.outcome == "newer" else self.scorer.snapshot.overwritten()
+        if changed:
+            return Look("overwritten", look.version, SnapshotError(self.scorer.snapshot.path, changed))
+        return look
+
+    def _load(self, path: Path) -> tuple[Scorer, dict[str, HotRows]]:
         snapshot = load_fetched(path, self._cache)
+        hot_rows = keep_hot_rows(map(_plain, snapshot.model.collections.values()), self._hot_bytes)
+        for name, table in hot_rows.items():
+            if name in self._hot_rows:
+                # What was asked for until now is what will be.
+                table.keep(self._hot_rows[name].noted())
         snapshot.self_check()
         if self.histories is not None:
             known = self.histories.manifest
@@ -109,4 +171,9 @@ class Versions:
         drop_unused(each.folder for each in (*scorer.vocabularies.values(), users) if each is not None)
         # Once more with the searches that serve, which also brings what they need into memory.
         snapshot.check_own(snapshot.score(snapshot.recorded.batch))
-        return scorer
+        return scorer, hot_rows
+
+
+def _plain(collection: nn.Module) -> PlainBagCollection:
+    assert isinstance(collection, PlainBagCollection)
+    return collection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,12 +84,10 @@ def check_code(root: Path, model: TwoStageModel) -> None:
     """
     if shutil.which("g++") is None:
         raise SnapshotError(root, "--aoti compiles C++ and finds no g++; install it or export without --aoti")
-    obstacle = model.head.compile_obstacle
-    if obstacle and not _is_one_branch(model):
-        head = f'head = "{model.config.head}"'
+    if obstacle := dense_obstacle(model):
         raise SnapshotError(
             root,
-            f'--aoti compiles head = "mlp" of such a model, and {head} {obstacle}; export without --aoti '
+            f'--aoti compiles head = "mlp" of such a model, and {obstacle}; export without --aoti '
             "(docs/snapshots.md says which models it compiles whole)",
         )
 
@@ -106,31 +104,69 @@ def write_code(folder: Path, snapshot: Snapshot) -> CodeFile:
     Raises:
         SnapshotError: the compiled one computes something else.
     """
-    model = snapshot.model
-    if _is_one_branch(model):
-        path, module = "code/ranking.pt2", cast("nn.Module", _Ranking(model).eval())
-        named, expected = _ranked(snapshot)
-        given: tuple[Tensor, ...] = tuple(named.values())
-        sizes = ", ".join(f"{name} {_shape(part)}" for name, part in named.items())
-        describes = f"stage two and head: {sizes} -> probabilities [candidates, tasks]"
-    else:
-        width = next(layer for layer in model.head.modules() if isinstance(layer, nn.Linear)).in_features
-        path, module = "code/head.pt2", _Probabilities(model).eval()
-        given = (torch.randn(7, width, generator=torch.Generator().manual_seed(0)),)
-        expected = module(*given)
-        describes = f"head and sigmoid: parts {_shape(given[0])} -> probabilities [candidates, tasks]"
-    candidates = torch.export.Dim("candidates", min=1, max=_MOST_CANDIDATES)
-    traced = torch.export.export(module, given, dynamic_shapes=tuple({0: candidates} for _ in given))
+    part = dense_part(snapshot)
+    path = f"code/{part.name}.pt2"
     file = folder / path
     file.parent.mkdir()
-    compiled = compile_package(traced, str(file))
+    compiled = compile_package(part.traced(), str(file))
+    given = part.inputs.values()
     worst = max(
-        float((compiled(*(part[:count] for part in given)) - expected[:count]).abs().max())
-        for count in (1, len(expected))
+        float((compiled(*(each[:count] for each in given)) - part.expected[:count]).abs().max())
+        for count in (1, len(part.expected))
     )
     if not worst <= _ALLOWED_DIFFERENCE:
         raise SnapshotError(file, f"the compiled model differs by {worst:.3g}")
-    return CodeFile(path=path, **entry_of(file), describes=describes)
+    return CodeFile(path=path, **entry_of(file), describes=part.describes)
+
+
+class DensePart(NamedTuple):
+    """A part of a model as a function of tensors, any number of candidates in the first dimension.
+
+    Attributes:
+        name: `ranking` or `head`; module: the function.
+        inputs: examples by name, in the order of the arguments; expected: what it gives for them.
+        describes: arguments and result, for people.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    expected: Tensor
+    describes: str
+
+    @torch.no_grad()
+    def traced(self) -> torch.export.ExportedProgram:
+        """Its operators, for any number of candidates; all other sizes are fixed."""
+        candidates = torch.export.Dim("candidates", min=1, max=_MOST_CANDIDATES)
+        given = tuple(self.inputs.values())
+        shapes = tuple({0: candidates} for _ in given)
+        return torch.export.export(self.module, given, dynamic_shapes=shapes)
+
+
+@torch.no_grad()
+def dense_part(snapshot: Snapshot) -> DensePart:
+    """All that follows look-ups and search, or where that is no function of tensors, the head alone.
+
+    Args:
+        snapshot: of a model without a `dense_obstacle`.
+    """
+    model = snapshot.model
+    if _is_one_branch(model):
+        named, expected = _ranked(snapshot)
+        sizes = ", ".join(f"{name} {_shape(part)}" for name, part in named.items())
+        describes = f"stage two and head: {sizes} -> probabilities [candidates, tasks]"
+        return DensePart("ranking", cast("nn.Module", _Ranking(model).eval()), named, expected, describes)
+    width = next(layer for layer in model.head.modules() if isinstance(layer, nn.Linear)).in_features
+    module = _Probabilities(model).eval()
+    parts = torch.randn(7, width, generator=torch.Generator().manual_seed(0))
+    describes = f"head and sigmoid: parts {_shape(parts)} -> probabilities [candidates, tasks]"
+    return DensePart("head", module, {"parts": parts}, module(parts), describes)
+
+
+def dense_obstacle(model: TwoStageModel) -> str:
+    """Why nothing of a model is such a function; empty if some part is."""
+    obstacle = model.head.compile_obstacle
+    return f'head = "{model.config.head}" {obstacle}' if obstacle and not _is_one_branch(model) else ""
 
 
 def _shape(part: Tensor) -> str:

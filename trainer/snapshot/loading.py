@@ -40,11 +40,13 @@ from trainer.snapshot.manifest import (
     SnapshotManifest,
     search_stem,
 )
+from trainer.snapshot.mapped_files import MappedFiles
 from trainer.snapshot.posterior_file import read_posteriors
 from trainer.snapshot.rows import expect_like, read_tensors
 from trainer.snapshot.uncertainty import Judgement, Posterior, with_one
 from trainer.snapshot.vector_entries import FOLDER
 from trainer.storage import is_remote
+from trainer.storage.objects import written_at
 
 _MOST_RETRIES = 10
 # A snapshot scores its recorded requests as it did when it was exported: bit for bit on that machine. Another
@@ -54,6 +56,7 @@ OWN_TOLERANCE = 1e-5
 OWN_EXCEPTIONS = 0.01
 _LONGEST_REASON = 500
 _T = TypeVar("_T")
+Model = Callable[[RequestBatch], Prediction]
 
 
 class RecordedRequests(NamedTuple):
@@ -72,6 +75,7 @@ class Snapshot:
         id_maps: of the features whose ids come and go, see `SnapshotManifest.ids`.
         vectors: pre-trained ones by their names in the config, which whoever makes batches compares.
         posteriors: task -> that of its last map, in the order of the tasks; empty where the version has none.
+        files: which rows are read from while it scores.
     """
 
     path: Path
@@ -81,28 +85,29 @@ class Snapshot:
     id_maps: Mapping[str, LayeredIds] = field(default_factory=dict)
     vectors: Mapping[str, Vectors] = field(default_factory=dict)
     posteriors: Mapping[str, Posterior] = field(default_factory=dict)
+    files: MappedFiles = field(default_factory=MappedFiles)
 
     @torch.no_grad()
-    def score(self, batch: RequestBatch) -> Tensor:
-        """Probabilities, float32 [C, T], of a batch as the reader gives it: with ids, not rows."""
-        prediction: Prediction = self.model(self.with_rows(batch))
+    def score(self, batch: RequestBatch, model: Model | None = None) -> Tensor:
+        """Probabilities, float32 [C, T], of a batch with ids, as the reader gives it; by `model`, of rows."""
+        prediction = (model or self.model)(self.with_rows(batch))
         return prediction.logits.sigmoid()
 
     @torch.no_grad()
-    def features(self, batch: RequestBatch) -> tuple[Tensor, list[Tensor]]:
+    def features(self, batch: RequestBatch, model: Model | None = None) -> tuple[Tensor, list[Tensor]]:
         """Of such a batch: logits [C, T], and of each task phi [C, D], see `trainer.snapshot.uncertainty`.
 
         The head must have last layers, see `Head.last_layer_obstacle`.
         """
         layers = self.model.head.last_layers()
         with watched(layers) as given:
-            prediction: Prediction = self.model(self.with_rows(batch))
+            prediction = (model or self.model)(self.with_rows(batch))
         return prediction.logits, [with_one(given[layer.map]) for layer in layers]
 
-    def judge(self, batch: RequestBatch) -> Judgement:
+    def judge(self, batch: RequestBatch, model: Model | None = None) -> Judgement:
         """What it says of such a batch, and how sure it is; for a version that has posteriors."""
         with torch.no_grad():
-            return Judgement.of(*self.features(batch), self.posteriors)
+            return Judgement.of(*self.features(batch, model), self.posteriors)
 
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Selection]:
@@ -130,6 +135,10 @@ class Snapshot:
     def numeric_names(self) -> list[str]:
         """What the columns of `RequestBatch.numeric` must be."""
         return [*self.manifest.numeric, *self.manifest.config.data.search.count_names]
+
+    def overwritten(self) -> str:
+        """Which of its files was written over since it was loaded, in words; empty if none was."""
+        return self.files.overwritten()
 
     def digest(self) -> str:
         """SHA-256 of the manifest, which holds those of all files."""
@@ -243,6 +252,18 @@ def resolve(path: Path) -> Path:
     return path / name
 
 
+def exported_at(version: Path, manifest: SnapshotManifest) -> float | None:
+    """When a version was exported, in seconds since 1970; None where that cannot be said.
+
+    A version of earlier software does not say it. Then it is when its manifest was written where it lies.
+    """
+    if manifest.exported_at is not None:
+        return float(manifest.exported_at)
+    with suppress(OSError):
+        return written_at(version / MANIFEST)
+    return None
+
+
 def load_snapshot(path: Path, known: Collection[Path] = ()) -> Snapshot:
     """Verify and load a snapshot (a version's folder, or the folder of versions).
 
@@ -295,9 +316,9 @@ def _load(path: Path, known: Collection[Path]) -> Snapshot:
     apart = [(path, e) for e in manifest.listed().values() if not e.path.startswith(layered)]
     of_maps = (file for name in manifest.ids for file in chain.id_files(name))
     of_vectors = (chain.vectors_file(name) for name in manifest.vectors)
-    check_files(
-        [*apart, *of_maps, *of_vectors, *(file for stem in matrices for file in chain.files(stem))], known
-    )
+    read = [*apart, *of_maps, *of_vectors, *(file for stem in matrices for file in chain.files(stem))]
+    files = MappedFiles(read)
+    check_files(read, known)
     named = tuple(manifest.config.tasks) or tuple(manifest.tasks)
     if tuple(manifest.tasks) != named:
         order = f"{', '.join(manifest.tasks)}, and its config has {', '.join(named)}"
@@ -323,7 +344,7 @@ def _load(path: Path, known: Collection[Path]) -> Snapshot:
     vectors = {name: chain.vectors(name) for name in manifest.vectors}
     posteriors = read_posteriors(path, manifest, model)
     recorded = _recorded(path, manifest)
-    return Snapshot(path, manifest, model.eval(), recorded, id_maps, vectors, posteriors)
+    return Snapshot(path, manifest, model.eval(), recorded, id_maps, vectors, posteriors, files)
 
 
 def _group(name: str, manifest: SnapshotManifest, tasks: Sequence[Task]) -> TableGroup:

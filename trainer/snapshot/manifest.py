@@ -208,12 +208,15 @@ class SnapshotManifest(Settings):
             of its own. Software from before there were such features refuses a manifest that has it.
         vectors: pre-trained ones, by their name in the config; the same holds for it.
         uncertainty: where the version can say how sure it is of a logit. Earlier software refuses that, too.
+        exported_at: when it was published, in seconds since 1970; versions of earlier software do not say it,
+            and earlier software refuses a manifest that does.
     """
 
     format: Literal["tandemrec.snapshot"] = "tandemrec.snapshot"
     version: Literal[3] = 3
     number: int = Field(ge=1, lt=10**8)
     base: BaseVersion | None = None
+    exported_at: int | None = Field(None, ge=0, lt=2**40, exclude_if=lambda given: given is None)
     step: int = Field(ge=0)
     weights: Literal["raw", "averaged"] = "raw"
     checkpoint: str = Field("", pattern=r"^([0-9a-f]{64})?$")

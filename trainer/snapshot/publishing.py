@@ -11,6 +11,7 @@ uploaded below it, its manifest last, and then LATEST moves.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -95,7 +96,7 @@ def publish(root: Path, part: Path, manifest: SnapshotManifest, keep: int) -> Pa
         number = max((int(name[1:]) for name in taken if VERSION_NAME.fullmatch(name)), default=0) + 1
         if is_remote(root):
             return _upload(root, part, manifest, number, keep)
-        SEAL.write(part, manifest.model_copy(update={"number": number}).model_dump_json(indent=1))
+        _seal(part, manifest, number)
         final = root / f"v{number:08d}"
         publish_folder(part, final)
         write_text(root / LATEST, final.name + "\n")
@@ -105,11 +106,17 @@ def publish(root: Path, part: Path, manifest: SnapshotManifest, keep: int) -> Pa
     return final
 
 
+def _seal(part: Path, manifest: SnapshotManifest, number: int) -> None:
+    """Seal a draft as the version of this number, exported now."""
+    known = {"number": number, "exported_at": int(time.time())}
+    SEAL.write(part, manifest.model_copy(update=known).model_dump_json(indent=1))
+
+
 def _upload(root: Path, part: Path, manifest: SnapshotManifest, number: int, keep: int) -> Path:
     """Publish to a store, under the next number that nobody else has."""
     final = _claimed(root, number)
     number = int(final.name[1:])
-    SEAL.write(part, manifest.model_copy(update={"number": number}).model_dump_json(indent=1))
+    _seal(part, manifest, number)
     upload_folder(part, final, (MANIFEST, DIGEST))
     newest = ""
     with suppress(FileNotFoundError):

@@ -82,7 +82,9 @@ def remove_left(folder: Path, pattern: str, seconds: float = LEFT_S) -> None:
 
 
 def written_at(path: Path) -> float:
-    """When an object was written, in seconds since 1970."""
+    """When a file or an object was written, in seconds since 1970."""
+    if not is_remote(path):
+        return path.stat().st_mtime
     store, name = store_of(path)
     return _written(store.info(name))
 

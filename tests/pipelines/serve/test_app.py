@@ -19,7 +19,17 @@ import trainer.serving.versions as versions_module
 from embeddings.errors import SnapshotError
 from tests.helpers.logs import Shape, enrich, random_rows, write_log
 from tests.helpers.models import preset
-from tests.helpers.serving import ARROW, Client, bodies, reference, service_of, serving, snapshot_of, stream
+from tests.helpers.serving import (
+    ARROW,
+    Client,
+    bodies,
+    reference,
+    service_of,
+    serving,
+    set_limits,
+    snapshot_of,
+    stream,
+)
 from trainer.log.schema import read_manifest
 from trainer.snapshot import Snapshot
 
@@ -137,6 +147,7 @@ def change(path: str, value: Any) -> Callable[[Body], None]:
     return apply
 
 
+FEW = {"limits__history": 40, "limits__candidates": 6, "limits__body": 20_000}
 REFUSED = [
     (
         change("candidates.item_id.1", 60),
@@ -196,7 +207,7 @@ def test_refused_requests(
     snapshot: Snapshot, monkeypatch: Patch, asked: list[tuple[tuple[int, int], Body]]
 ) -> None:
     async def run() -> None:
-        service = service_of(snapshot, monkeypatch, history=40, candidates=6, body=20_000)
+        service = service_of(snapshot, monkeypatch, **FEW)
         async with serving(service) as client:
             fine = long_enough(asked)
             await client.score(fine)
@@ -222,10 +233,10 @@ def test_refused_requests(
             endless = client.http.post("/score", content=_endless())
             assert (await endless).status_code == 413
             many = {"requests": [fine] * 65}
-            service.limits = replace(service.limits, body=10**7)
+            set_limits(service, replace(service.limits, body=10**7))
             assert await refused(client, many) == (
                 413,
-                "65 requests, the server takes 64 (--max-requests)",
+                "65 requests, the server takes 64 (limits.requests)",
             )
             for path, method in (("/nothing", "GET"), ("/score", "GET")):
                 answer = await client.http.request(method, path)
@@ -287,7 +298,7 @@ def test_requests_that_wait_together_are_scored_by_one_call(
     expected: dict[tuple[int, int], np.ndarray],
 ) -> None:
     async def run() -> None:
-        async with serving(service_of(snapshot, monkeypatch, window=0.05)) as client:
+        async with serving(service_of(snapshot, monkeypatch, batching__window_ms=50)) as client:
             some = asked[:24]
             answers = await asyncio.gather(*(client.score(body) for _, body in some))
             for (name, _), answer in zip(some, answers, strict=True):
@@ -318,7 +329,7 @@ def test_a_failing_request_fails_alone_and_says_nothing(
         return plain(self, batch)
 
     async def run() -> None:
-        service = service_of(snapshot, monkeypatch, window=0.05)
+        service = service_of(snapshot, monkeypatch, batching__window_ms=50)
         monkeypatch.setattr(type(snapshot), "score", breaks)
         async with serving(service) as client:
             sent = [{**body, "user_id": -5 if n == 3 else 1} for n, (_, body) in enumerate(asked[:8])]
@@ -335,7 +346,9 @@ def test_too_many_waiting_is_429(
     snapshot: Snapshot, monkeypatch: Patch, asked: list[tuple[tuple[int, int], Body]]
 ) -> None:
     async def run() -> None:
-        async with serving(service_of(snapshot, monkeypatch, waiting=2, window=0.2)) as client:
+        async with serving(
+            service_of(snapshot, monkeypatch, batching__waiting=2, batching__window_ms=200)
+        ) as client:
             answers = await asyncio.gather(
                 *(client.http.post("/score", json={"requests": [asked[0][1]]}) for _ in range(9))
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import trainer.snapshot.rows as rows_module
 from embeddings.errors import SnapshotError
-from embeddings.lookup.stored import Dtype, PatchedRows, StoredTable, sum_bags, to_stored
+from embeddings.lookup.stored import Dtype, RowStore, StoredTable, sum_bags, to_stored
 from tests.helpers.models import drawing
 from trainer.checkpoint.tensor_stream import TensorStream
 from trainer.snapshot import matrix_file
@@ -80,7 +80,7 @@ def test_deltas_laid_over_are_the_tables_they_were_made_of(
                 versions.append((path, write_rows(*given_)))
             wanted = to_stored(table, dtype)
             stored, every = mapped(versions), torch.arange(len(table))
-            rows = stored.index_select(every) if isinstance(stored, PatchedRows) else stored
+            rows = stored.index_select(every) if isinstance(stored, RowStore) else stored
             assert torch.equal(rows, wanted) and stored.shape == wanted.shape
             with closing(layers(versions)) as reader:
                 read = torch.cat([reader.take(min(4, len(table) - at)) for at in range(0, len(table), 4)])

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from trainer.config.tasks import Task
 from trainer.model.heads.head import HeadOutput
+from trainer.model.ops.precision import in_single_precision
 
 
 def product_log_odds(logits: Sequence[Tensor]) -> Tensor:
@@ -19,7 +20,7 @@ def product_log_odds(logits: Sequence[Tensor]) -> Tensor:
     the first factor that does: 1 - p = sum_i (1 - p_i) prod_{j<i} p_j. So no difference of probabilities is
     taken, and values and gradients are finite for all finite z.
     """
-    with torch.autocast(logits[0].device.type, enabled=False):
+    with in_single_precision(logits[0].device):
         held_C = torch.zeros_like(logits[0], dtype=torch.float32)
         fails = []
         for logit_C in logits:

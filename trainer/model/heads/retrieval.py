@@ -22,6 +22,7 @@ from trainer.model.heads.head import Perceptron
 from trainer.model.ops.bags import rows_at
 from trainer.model.ops.precision import full, in_single_precision
 from trainer.model.read.sequence import Behaviors
+from trainer.model.retrieve.search import Retrieval as SearchResult
 from trainer.model.windows import first_ids
 
 
@@ -103,18 +104,26 @@ class RetrievalHead(Auxiliary):
         super().__init__()
         config: RetrievalConfig = model.retrieval
         self.owner, self._features = config.task or sizes.tasks[0], (config.item, *config.taxonomy)
+        self.scale = config.scale
         self.user, self.item = (
             Perceptron(sizes.attention, model.auxiliary_hidden, config.dim, model.norm) for _ in range(2)
         )
 
     def forward(self, batch: RequestBatch, branch: Any, behaviors: Behaviors, live: Any) -> Retrieved:
         """`live` decides nothing: whoever owns the attention is whose positives are retrieved."""
-        windows, vectors = behaviors.windows, behaviors.raw
-        with in_single_precision(vectors.key_ND.device):
+        path = torch.stack([first_ids(batch, feature)[1] for feature in self._features], dim=1)
+        users = rows_at(self.users(behaviors), behaviors.windows.of_candidate)
+        return Retrieved(users, self.items(behaviors.raw.query_CD), path)
+
+    def users(self, searched: SearchResult) -> Tensor:
+        """-> the vector of each window's user, [W, D]; it knows no candidate."""
+        windows, key_ND = searched.windows, searched.raw.key_ND
+        with in_single_precision(key_ND.device):
             mask_WX = windows.mask.float()
             share_WX = mask_WX / mask_WX.sum(1, keepdim=True).clamp(min=1)
-            mean_WD = (share_WX[:, None] @ rows_at(full(vectors.key_ND), windows.index))[:, 0]
-        user_WD = F.normalize(full(self.user([mean_WD])), dim=1)
-        item_CD = F.normalize(full(self.item([vectors.query_CD])), dim=1)
-        path = torch.stack([first_ids(batch, feature)[1] for feature in self._features], dim=1)
-        return Retrieved(rows_at(user_WD, windows.of_candidate), item_CD, path)
+            mean_WD = (share_WX[:, None] @ rows_at(full(key_ND), windows.index))[:, 0]
+        return F.normalize(full(self.user([mean_WD])), dim=1)
+
+    def items(self, query_CD: Tensor) -> Tensor:
+        """Attention vectors of candidates -> their vectors, [C, D]."""
+        return F.normalize(full(self.item([query_CD])), dim=1)

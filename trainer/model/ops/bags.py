@@ -9,6 +9,7 @@
     CPU             torch's own backward passes add row by row there, or first build all C x K rows. The
                     gradient of a sum over rows, sorted by row, is a sum again: every row gathers from the
                     candidates that used it. No [C, K, D] intermediate in either direction.
+    exported        products of matrices, since portable runtimes have no weighted sum over bags.
 
 Sums are in single precision at least, also where autocast halves products. Shapes: index_CK int64, K rows
 of rows_ND for each of C candidates; the order of additions is fixed, so that the same input gives the same
@@ -24,11 +25,14 @@ from torch.nn import functional as F
 from embeddings.private import bag_weights_gradient
 from trainer.model.ops import kept_rows
 from trainer.model.ops.precision import full, in_single_precision
+from trainer.model.ops.traced import is_traced
 
 
 def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tensor:
     """sum_k weight[c, k] * rows[index[c, k]] -> [C, D]."""
     rows_ND, weight_CK = full(rows_ND), full(weight_CK)
+    if is_traced():
+        return (weight_CK.unsqueeze(1) @ F.embedding(index_CK, rows_ND)).squeeze(1)
     if kept_rows.pays(rows_ND, index_CK):
         return kept_rows.weighted_bags(rows_ND, index_CK, weight_CK)
     if not _by_cpu(rows_ND, index_CK):
@@ -41,6 +45,8 @@ def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tenso
 def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     """<query[c], rows[index[c, k]]> -> [C, K]."""
     query_CD, rows_ND = full(query_CD), full(rows_ND)
+    if is_traced():
+        return plain_dots(query_CD, rows_ND, index_CK)
     if kept_rows.pays(rows_ND, index_CK):
         return kept_rows.dots(query_CD, rows_ND, index_CK)
     if not _by_cpu(rows_ND, index_CK):
@@ -52,7 +58,7 @@ def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
 
 def rows_at(rows: Tensor, index: Tensor) -> Tensor:
     """rows[index] for an index of any shape: rows [M, ...] -> [*index.shape, ...]."""
-    if not _by_cpu(rows, index):
+    if is_traced() or not _by_cpu(rows, index):
         return plain_rows_at(rows, index)
     return rows.index_select(0, index.reshape(-1)).view(*index.shape, *rows.shape[1:])
 

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trainer.model.ops.bags import rows_at
+from trainer.model.ops.traced import is_traced
 
 # Rows of a block: enough that copies of maps are few beside the rows, and zeros are few beside both.
 _BLOCK = 256
@@ -63,6 +64,9 @@ class Groups:
 
 def linear_by_group(x_CW: Tensor, weight_NOW: Tensor, bias_NO: Tensor, groups: Groups) -> Tensor:
     """weight[g] x + bias[g] with the group g of each row -> [C, out]."""
+    if is_traced():
+        # Stretches and blocks are as many as the numbers in the tensor say.
+        return plain_linear_by_group(x_CW, weight_NOW, bias_NO, groups)
     return linear_by_layout(x_CW, weight_NOW, bias_NO, groups.layout)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.model.ops.precision import in_single_precision
+from trainer.model.ops.traced import is_traced
 from trainer.model.ops.whole import ROUNDING, Rows, needed_places, whole_rows
 
 # Products of a device that are held at once, in double precision: 512 MiB.
@@ -30,6 +31,8 @@ def sign_bits(vector_ND: Tensor, planes: Tensor) -> Tensor:
         vector_ND: float32; planes: float32 [D, bits].
     """
     with in_single_precision(vector_ND.device):
+        if is_traced():
+            return whole_rows(vector_ND.double())[0] @ whole_rows(planes.T.double())[0].T > 0
         if vector_ND.device.type == "cpu":
             return close_sign_bits(vector_ND.float(), planes)
         return whole_sign_bits(vector_ND.float(), planes)

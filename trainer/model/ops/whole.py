@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.model.ops.traced import frexp
+
 # Bits of a double's significand.
 _BITS = 53
 # Less than any product of two float32 but 0.
@@ -59,7 +61,7 @@ def whole_rows(rows_RD: Tensor) -> tuple[Tensor, Tensor]:
     # Rows of zeros are a multiple of any power.
     largest = rows_RD.abs().amax(1, keepdim=True).clamp(min=_SMALLEST)
     # The quotient of a number and its significand is a power of two, without any rounding.
-    unit = largest / torch.frexp(largest).mantissa * 2.0**-bits
+    unit = largest / frexp(largest)[0] * 2.0**-bits
     return (rows_RD / unit).round(), unit
 
 

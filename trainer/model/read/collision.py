@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from trainer.config.model import BranchKeys
 from trainer.model.ops.signs import random_planes, sign_bits
+from trainer.model.ops.traced import is_traced
 from trainer.model.read.sequence import Behaviors, TargetPooling, split_parts
 from trainer.model.sizes import BranchSizes
 
@@ -110,10 +111,17 @@ class HashCollision(TargetPooling):
         signature_NM = self.signatures(vector_ND)
         return signature_NM + (torch.arange(self.hashes, device=signature_NM.device) << self.bits)
 
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        return {"bucket": self._narrow_buckets(key_ND)}
+
+    def _narrow_buckets(self, vector_ND: Tensor) -> Tensor:
+        """As they are kept: there are fewer than 2 ** 31."""
+        return self.buckets(vector_ND).to(torch.int32)
+
     def bucket_sums(self, behaviors: Behaviors) -> Tensor:
         """Sum of every bucket of every window: [W, hashes * 2 ** bits, D]."""
         windows = behaviors.windows
-        bucket_WXM = self.buckets(behaviors.raw.key_ND)[windows.index]
+        bucket_WXM = behaviors.raw.known_or("bucket", self._narrow_buckets)[windows.index].to(torch.int64)
         member_WBX = behaviors.value_SD.new_zeros(
             windows.index.shape[0], self.hashes << self.bits, windows.index.shape[1]
         )
@@ -136,5 +144,9 @@ class HashCollision(TargetPooling):
         unit_WBD = units[0] if len(units) == 1 else torch.cat(units, dim=2)
         wanted_CM = first.buckets(behaviors.raw.query_CD)
         row_CM = behaviors.windows.of_candidate[:, None] * unit_WBD.shape[1] + wanted_CM
-        pooled_CD = F.embedding_bag(row_CM, unit_WBD.flatten(0, 1), mode="mean")
+        rows_RD = unit_WBD.flatten(0, 1)
+        if is_traced():
+            pooled_CD = F.embedding(row_CM, rows_RD).mean(1)
+        else:
+            pooled_CD = F.embedding_bag(row_CM, rows_RD, mode="mean")
         return split_parts(first.parts(behaviors.target_CD, pooled_CD), widths)

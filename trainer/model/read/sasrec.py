@@ -86,10 +86,14 @@ class TargetDecoupledSasrec(SequenceModel):
         )
         return torch.einsum("wgd,gde->wge", weight_WGX @ state_WXD, self.out)
 
+    def users(self, behaviors: Behaviors) -> Tensor:
+        """-> the matrix of each window's user, [W, G, D]; it knows no candidate."""
+        value_WXD = F.embedding(behaviors.place, behaviors.value_SD)
+        return self.user_matrix(value_WXD, behaviors.selection)
+
     def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
         """-> the user's vector for each candidate's group, and the candidate's."""
-        value_WXD = F.embedding(behaviors.place, behaviors.value_SD)
-        users_WGD = self.user_matrix(value_WXD, behaviors.selection)
+        users_WGD = self.users(behaviors)
         groups = self.query.shape[0]
         row_C = behaviors.windows.of_candidate * groups + behaviors.group_C
         return [F.embedding(row_C, users_WGD.flatten(0, 1)), behaviors.target_CD]

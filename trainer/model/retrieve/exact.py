@@ -13,17 +13,19 @@ that is worth it.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trainer.model.ops.top import Doubt
 from trainer.model.ops.whole import CELLS, ROUNDING, Rows, needed_places, whole_rows
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, FeatureProjection, MlpScorer, Scorer
-from trainer.model.time import TimeBias
+from trainer.model.time import Marks, TimeBias, TimeEncoding
 from trainer.model.windows import Selection, Windows
 
 # Pairs that are scored at once, and so many that equal behaviors among them are worth looking for.
@@ -80,11 +82,8 @@ class PairScores:
         if not isinstance(self.scorer, DotScorer):
             return self._in_double(candidate_M, kept)
         needed, place_M = needed_places(candidate_M, self.raw.query_CD.shape[0])
-        encoding, query_RD = self.scorer.encoding, self.raw.query_CD[needed].float()
-        if encoding is not None:
-            query_RD = encoding.target(query_RD, self.raw.group_C[needed])
-        mapped_RD = _mapped(self.scorer.query, query_RD)
-        mapped_RD = mapped_RD * max(mapped_RD.shape[1] // self.scorer.heads, 1) ** -0.5
+        encoding = self.scorer.encoding
+        mapped_RD = self._mapped_queries(self.raw.query_CD[needed].float(), self.raw.group_C[needed])
         query = self._of_heads(mapped_RD, place_M, head_M)
         group_M = self.raw.group_C[candidate_M]
         vectors = AttentionVectors(self.raw.query_CD, self.raw.key_ND, group_M, self.raw.cross_N)
@@ -94,6 +93,50 @@ class PairScores:
             for name, index in encoding._indices(kept.marks, group_M):
                 score_M = score_M + query.times(Rows.of(encoding.tables[name].double(), index[:, 0]))
         return score_M
+
+    def of_windows(self) -> list[Tensor]:
+        """Of each head, float64 [C, X] of all pairs; -inf where a window holds nothing.
+
+        For scores that are inner products alone: others would take a layer in double precision a pair.
+        """
+        scorer, raw, windows = self.scorer, self.raw, self.windows
+        assert isinstance(scorer, DotScorer)
+        query_CHD = self._rounded_heads(self._mapped_queries(raw.query_CD.float(), raw.group_C))
+        key_NHD = self._rounded_heads(_mapped(scorer.key, raw.key_ND.float()))
+        shared, of_candidate = scorer.bias is None or not scorer.bias.of_target, windows.of_candidates()
+        if shared:
+            own = None if scorer.bias is None else scorer.bias.shared(windows.marks)
+            bias = scorer._besides(raw, windows, own).double().masked_fill(~windows.mask, -torch.inf)
+        else:
+            bias = scorer._kept_bias(raw, of_candidate).double().masked_fill(~of_candidate.mask, -torch.inf)
+        scores = []
+        for head in range(scorer.heads):
+            key_WXD = key_NHD[:, head][windows.index]
+            score_WSX = windows.slots.spread(query_CHD[:, head]) @ key_WXD.transpose(1, 2)
+            score_CX = windows.slots.collect(score_WSX + bias[:, None] if shared else score_WSX)
+            score_CX = score_CX if shared else score_CX + bias
+            if scorer.encoding is not None:
+                marks, query_CD = of_candidate.marks, query_CHD[:, head]
+                for part_CX in _of_encoding(scorer.encoding, query_CD, marks, raw.group_C):
+                    score_CX = score_CX + part_CX
+            scores.append(score_CX)
+        return scores
+
+    def _mapped_queries(self, query_RD: Tensor, group_R: Tensor) -> Tensor:
+        """Queries as they are multiplied, float64: encoded, projected, scaled."""
+        scorer = self.scorer
+        assert isinstance(scorer, DotScorer)
+        if scorer.encoding is not None:
+            query_RD = scorer.encoding.target(query_RD, group_R)
+        mapped_RD = _mapped(scorer.query, query_RD)
+        scale: float = max(mapped_RD.shape[1] // scorer.heads, 1) ** -0.5
+        return mapped_RD * scale
+
+    def _rounded_heads(self, rows_RD: Tensor) -> Tensor:
+        """Rows rounded to whole numbers times a power of two, [R, heads, D]: their products are exact."""
+        heads = self.scorer.heads
+        whole, unit = whole_rows(rows_RD.reshape(rows_RD.shape[0] * heads, rows_RD.shape[1] // heads))
+        return (whole * unit).view(rows_RD.shape[0], heads, whole.shape[1])
 
     def _products(self, query: Rows, index_M: Tensor, row_M: Tensor) -> Tensor:
         """Inner products of queries and behaviors' keys; of many, equal ones are multiplied once."""
@@ -213,6 +256,22 @@ def _mapped(module: nn.Module | None, rows_RD: Tensor) -> Tensor:
     assert isinstance(module, nn.Linear)
     (rows, unit), (weight, of_weight) = whole_rows(rows_RD.double()), whole_rows(module.weight.double())
     return rows @ weight.T * unit * of_weight.T
+
+
+def _of_encoding(
+    encoding: TimeEncoding, rounded_CD: Tensor, marks: Marks, group_C: Tensor
+) -> Iterator[Tensor]:
+    """Exact products of rounded queries with the encodings of their windows' behaviors, [C, X] each."""
+    for name, table in encoding.tables.items():
+        whole_RD, unit_R1 = whole_rows(table.double())
+        rounded_RD = whole_RD * unit_R1
+        if encoding.form == "joint":
+            rows_GR = rounded_RD.view(encoding.groups, -1)
+            of_group_CMD = F.embedding(group_C, rows_GR).unflatten(1, (encoding.rows[name], -1))
+            product_CM = (of_group_CMD @ rounded_CD.unsqueeze(2)).squeeze(2)
+        else:
+            product_CM = rounded_CD @ rounded_RD.T
+        yield product_CM.gather(1, marks.index(name))
 
 
 def _size(module: nn.Module) -> Tensor:

@@ -7,7 +7,7 @@ search consistent with the attention that follows it (TWIN, section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,9 +20,10 @@ from trainer.config.model import BranchKeys
 from trainer.model.ops.bags import dots, rows_at
 from trainer.model.ops.precision import full, in_single_precision
 from trainer.model.ops.tiling import tiling_of
+from trainer.model.ops.traced import is_traced
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeBias, TimeEncoding
-from trainer.model.windows import Selection, Slots, Windows
+from trainer.model.windows import Selection, Slots, Windows, one_each
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,21 @@ class AttentionVectors:
         query_CD, key_ND: of candidates and behaviors; N is at least 1 (a padding row).
         group_C: int64 [C], each candidate's target group, 0 without groups.
         cross_N: float32 [N], additive score of each behavior from its cross features, or None.
+        known: what follows from the behaviors alone and was made before, by names that its users give
+            (`Scorer.of_behaviors`, `Search.of_behaviors`): [N, *] each; None where nothing was.
     """
 
     query_CD: Tensor
     key_ND: Tensor
     group_C: Tensor
     cross_N: Tensor | None = None
+    known: Mapping[str, Tensor] | None = None
+
+    def known_or(self, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is known by this name, or else what follows from the keys."""
+        if self.known is not None and name in self.known:
+            return self.known[name]
+        return make(self.key_ND)
 
     def in_full(self) -> AttentionVectors:
         """In single precision, where autocast halved the vectors."""
@@ -61,6 +71,10 @@ class Scorer(nn.Module):
     def encode(self, vectors: AttentionVectors) -> AttentionVectors:
         """Whatever is computed once for the batch; what the other methods are given."""
         return vectors
+
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        """What `encode` makes of behaviors whatever the candidates, by name: [N, *] each."""
+        return {}
 
     def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """Scores of whole windows, float32 [C, H, X]; -inf where the window holds nothing."""
@@ -145,9 +159,12 @@ class DotScorer(Scorer):
         if self.encoding is not None:
             query = self.encoding.target(query, vectors.group_C)
         if self.query is not None and self.key is not None:
-            query, key = self.query(query), self.key(key)
+            query, key = self.query(query), vectors.known_or("key", self.key)
         scale = max(query.shape[1] // self.heads, 1) ** -0.5
         return AttentionVectors(query * scale, key, vectors.group_C, vectors.cross_N)
+
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        return {} if self.query is None or self.key is None else {"key": self.key(key_ND)}
 
     def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """One batched product a head for all windows: the cost follows C x L, whatever a block holds."""
@@ -203,8 +220,13 @@ class MlpScorer(Scorer):
         Keys are multiplied once for all candidates of their window. Autocast halves the layers, not what is
         added to their scores.
         """
-        tiling, counts = tiling_of(vectors.key_ND.device), windows.host_counts
-        groups = tiling.groups(counts, windows.index.shape[1] * self.first.out_features)
+        tiling = tiling_of(vectors.key_ND.device)
+        if is_traced():
+            # How many windows there are is not known, so none are put off.
+            groups = [slice(None)]
+        else:
+            cells = windows.index.shape[1] * self.first.out_features
+            groups = tiling.groups(windows.host_counts, cells)
         score_of: Callable[..., Tensor] = self._side_by_side
         if torch.is_grad_enabled() and (tiling.always_again or len(groups) > 1):
             # Once more in the backward pass, which then keeps no [C, X, E].
@@ -233,7 +255,7 @@ class MlpScorer(Scorer):
         # As if what a candidate keeps were a window of its own.
         each = torch.arange(kept.index.shape[0], device=kept.index.device)
         key_CKD = rows_at(vectors.key_ND, kept.index)
-        slots = Slots(each, len(each), (1,) * len(each))
+        slots = Slots(each, each.shape[0], one_each(each.shape[0]))
         score_CK = full(self._side_by_side(vectors.query_CD, key_CKD, slots))
         with in_single_precision(score_CK.device):
             return (score_CK + self._kept_bias(vectors, kept))[:, None]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from trainer.config.model import BranchKeys
 from trainer.model.ops.precision import in_single_precision, is_halved
 from trainer.model.ops.top import Doubt, ascending, top_columns
+from trainer.model.ops.traced import is_traced, traced_top_columns
 from trainer.model.retrieve import window_search
 from trainer.model.retrieve.exact import PairScores
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, Scorer
@@ -162,6 +164,13 @@ class Search(nn.Module):
         missing = self.k - column.shape[1]
         return query.windows.columns(F.pad(column, (0, missing)), F.pad(mask, (0, missing)))
 
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        """What it makes of attention vectors of behaviors whatever the candidates, by name: [N, *] each.
+
+        A search that is given `AttentionVectors.known` finds it there.
+        """
+        return {}
+
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         """-> columns of the windows, at most K a candidate, ascending, and which of them count."""
         raise NotImplementedError
@@ -171,10 +180,11 @@ class Search(nn.Module):
 
         They do in training on a device that is not the CPU, since each question makes the host wait for it.
         Among scores as close as rounding the choice then depends on the batch; it is the same in the same
-        batch. In evaluation, export and scoring the exact scores decide on every device, so that a request
-        is scored alike in any company.
+        batch. In evaluation, export and scoring the exact scores decide on every device, so that a request is
+        scored alike in any company. While a model is exported nothing is asked, for it ranks by exact scores
+        alone.
         """
-        if self.training and query.windows.index.device.type != "cpu":
+        if is_traced() or (self.training and query.windows.index.device.type != "cpu"):
             return None
         return query.doubt()
 
@@ -182,6 +192,8 @@ class Search(nn.Module):
 def best_columns(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Tensor]:
     """Columns of the K best by the query's scorer, in the form that serves these windows on their device."""
     scorer, vectors, windows = query.scorer, query.vectors, query.windows
+    if is_traced():
+        return exact_columns(PairScores(scorer, query.raw, vectors, windows), k)
     if doubt is None and window_search.pays(scorer, vectors, windows, k):
         # Without the windows' vectors side by side, and without asking the device.
         bias_WX = scorer.window_bias(vectors, windows)
@@ -193,6 +205,14 @@ def best_columns(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Ten
     if score_CHX.shape[1] == 1:
         return top_columns(score_CHX[:, 0], k, doubt=doubt)
     return round_robin(score_CHX, k, doubt)
+
+
+def exact_columns(pairs: PairScores, k: int) -> tuple[Tensor, Tensor]:
+    """Columns of the K best by their exact scores alone, for a model that is exported."""
+    scores = pairs.of_windows()
+    if len(scores) == 1:
+        return traced_top_columns(scores[0], k)
+    return round_robin(torch.stack(scores, dim=1), k)
 
 
 def round_robin(score_CHX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:
@@ -214,7 +234,8 @@ def round_robin(score_CHX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[
 
 def ranked_columns(score_RX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:
     """The K best columns of each row, best first, and which of them count; ties go to the lower column."""
-    column, real = top_columns(score_RX, k, doubt=doubt)
+    top = traced_top_columns if is_traced() else partial(top_columns, doubt=doubt)
+    column, real = top(score_RX, k)
     value = score_RX.gather(1, column).masked_fill(~real, -torch.inf)
     ranked = value.sort(dim=1, descending=True, stable=True)
     if doubt is not None and column.shape[1] > 1:

@@ -15,6 +15,7 @@ from trainer.model.heads.grouped import GroupedLinear
 from trainer.model.heads.nets.fields import count_fields, fields_of
 from trainer.model.heads.nets.net import Net
 from trainer.model.ops.precision import full
+from trainer.model.ops.traced import is_traced
 
 # Products that a part of the candidates has at most, 256 MiB. Backward passes hold a few times that.
 CELLS = 1 << 26
@@ -47,7 +48,7 @@ class CinNet(Net):
     def forward(self, x_ECW: Tensor) -> Tensor:
         field_ECKF = fields_of(x_ECW, self.count, self.field).transpose(2, 3)
         candidates = max(1, CELLS // (len(x_ECW) * self.field * self.products))
-        if x_ECW.shape[1] <= candidates:
+        if is_traced() or x_ECW.shape[1] <= candidates:
             return torch.cat([x_ECW, *self._pooled(field_ECKF)], dim=2)
         parts = []
         for some_ECKF in field_ECKF.split(candidates, dim=1):

@@ -1,0 +1,259 @@
+"""Versions take each other's place: nothing of an old one stays, and nothing that goes wrong is unseen."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embeddings.errors import SnapshotError, TandemError, UnavailableError
+from tests.helpers.models import preset, small_log
+from tests.helpers.serving import published
+from tests.helpers.snapshots import publish_copy
+from trainer.log.bags import Bags
+from trainer.serving.latest import Sealed
+from trainer.serving.request import History, Request
+from trainer.serving.scorer import Scorer
+from trainer.serving.versions import Versions
+from trainer.snapshot.manifest import LATEST, SEAL
+from trainer.snapshot.reading import read_manifest
+
+_FIRST, _SECOND = "v00000001", "v00000002"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("versions")
+    published(preset("dare", small_log(folder / "log")), folder / "snapshot")
+    return folder / "snapshot"
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    """Two versions, of which the second is the newest."""
+    shutil.copytree(made, tmp_path / "snapshot")
+    publish_copy(tmp_path / "snapshot", made / _FIRST)
+    return tmp_path / "snapshot"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of so small products would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Reference counts alone must do: a large table cannot wait for the collector."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def mapped(root: Path) -> list[str]:
+    """Files below a folder that this process has mapped, also those that are deleted."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(root) in line]
+
+
+def own_mb() -> float:
+    """Memory of this process that is no file's."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1000
+
+
+def asked(scorer: Scorer) -> Request:
+    """A request of every feature that the model reads, with id 1 for everything."""
+    names = scorer.needs.rows
+    ones = {name: Bags(np.ones(4, dtype=np.int64)) for name in names}
+    three = {name: Bags(np.ones(3, dtype=np.int64)) for name in names}
+    numeric = {name: np.zeros(3, dtype=np.float32) for name in scorer.needs.numeric.known}
+    context = {name: Bags(np.ones(1, dtype=np.int64)) for name in scorer.needs.context.known}
+    return Request(0, History(np.arange(4), ones), 9, three, 3, context, numeric)
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_nothing_of_forty_old_versions_stays(root: Path) -> None:
+    """Neither mappings nor memory, as soon as nobody scores with them; every one of them has scored."""
+    versions = Versions(root)
+    files, known, before = len(mapped(root)), root / _SECOND, 0.0
+    assert files > 3
+    for switch in range(40):
+        versions.scorer.score([asked(versions.scorer)], explain=True)
+        old = weakref.ref(versions.scorer)
+        publish_copy(root, known, keep=2)
+        assert versions.reload() and old() is None
+        known = versions.scorer.snapshot.path
+        if switch == 9:
+            before = own_mb()
+    names = mapped(root)
+    assert len(names) == files and not any("(deleted)" in name for name in names)
+    assert own_mb() < before + 8
+    assert versions.looks == {} and versions.latest_problem is None
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_whoever_scores_keeps_its_version_and_a_refused_one_goes(root: Path) -> None:
+    versions = Versions(root)
+    files, old = len(mapped(root)), versions.scorer
+    expected = old.score([asked(old)])[0][0].probabilities
+    publish_copy(root, root / _SECOND)
+    assert versions.reload() and len(mapped(root)) == 2 * files
+    assert np.array_equal(old.score([asked(old)])[0][0].probabilities, expected)
+    del old
+    assert len(mapped(root)) == files
+    bad = publish_copy(root, root / _SECOND)
+    manifest = read_manifest(bad)
+    SEAL.write(bad, manifest.model_copy(update={"score_bound": 0.0, "mean_bound": 0.0}).model_dump_json())
+    content = bytearray((bad / "recorded.safetensors").read_bytes())
+    content[-3] ^= 1
+    (bad / "recorded.safetensors").write_bytes(content)
+    for _ in range(3):
+        with pytest.raises(SnapshotError):
+            versions.reload()
+    assert len(mapped(root)) == files and versions.scorer.version == "v00000003"
+
+
+def missing(root: Path) -> None:
+    (root / LATEST).unlink()
+
+
+def no_name(root: Path) -> None:
+    (root / LATEST).write_text("../elsewhere\n")
+
+
+def older(root: Path) -> None:
+    (root / LATEST).write_text(f"{_FIRST}\n")
+
+
+def replaced(root: Path) -> None:
+    """Whoever deletes the folder and exports anew begins with the same numbers."""
+    manifest = read_manifest(root / _SECOND)
+    shutil.rmtree(root / _SECOND)
+    shutil.copytree(root / _FIRST, root / _SECOND)
+    SEAL.write(root / _SECOND, manifest.model_copy(update={"step": 77}).model_dump_json())
+
+
+def overwritten(root: Path) -> None:
+    file = root / _SECOND / "tables" / "attention.0.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-4:] = b"\x00\x00\xc0\x7f"  # the last number becomes NaN
+    with file.open("r+b") as opened:
+        opened.write(content)
+
+
+def away(root: Path) -> None:
+    (root / LATEST).unlink()
+    (root / LATEST).mkdir()
+
+
+FAULTS: list[tuple[Callable[[Path], None], str, str, bool]] = [
+    (missing, "broken", "neither manifest.json nor LATEST", False),
+    (no_name, "broken", "names '../elsewhere', which is no version", False),
+    (away, "broken", "neither manifest.json nor LATEST", False),
+    (older, "older", r"names v00000001, which is older than the v00000002 that is served", True),
+    (replaced, "replaced", "another version than the v00000002 that is served", True),
+    (overwritten, "overwritten", r"attention\.0\.safetensors was written over since it was loaded", False),
+]
+
+
+@pytest.mark.parametrize(("damage", "outcome", "words", "taken"), FAULTS, ids=[f[0].__name__ for f in FAULTS])
+def test_what_is_wrong_with_the_newest_version_is_seen_and_the_served_one_stays(
+    root: Path, damage: Callable[[Path], None], outcome: str, words: str, taken: bool
+) -> None:
+    """A look names it again and again; only who asks for it gets an older or another version."""
+    versions = Versions(root)
+    served = versions.scorer
+    assert versions.newer() is None and versions.looks == {"served": 1}
+    damage(root)
+    for look in (1, 2):
+        with pytest.raises(SnapshotError, match=words):
+            versions.newer()
+        with pytest.raises(SnapshotError, match=words):
+            versions.reload(retry=False)
+        assert versions.looks == {"served": 1, outcome: 2 * look}
+    assert versions.scorer is served and versions.refused is None
+    assert versions.latest_problem is not None and re.search(words, versions.latest_problem)
+    if taken:
+        assert versions.reload() and versions.scorer is not served
+        assert versions.newer() is None and versions.latest_problem is None
+        return
+    with pytest.raises(TandemError):
+        versions.reload()
+    assert versions.scorer is served
+    # The next good version mends everything.
+    if (root / LATEST).is_dir():
+        (root / LATEST).rmdir()
+    publish_copy(root, root / _FIRST)
+    assert versions.newer() == root / "v00000003" and versions.reload(retry=False)
+    assert versions.newer() is None and versions.latest_problem is None and versions.refused is None
+
+
+def test_a_version_that_comes_late_is_tried_again(root: Path) -> None:
+    """LATEST was copied before the folder that it names."""
+    versions = Versions(root)
+    (root / LATEST).write_text("v00000007\n")
+    with pytest.raises(SnapshotError):
+        versions.reload(retry=False)
+    assert versions.newer() is None and versions.refused is not None and versions.latest_problem
+    assert versions.looks == {"newer": 1, "refused": 1}
+    shutil.copytree(root / _FIRST, root / "v00000007")
+    assert versions.reload(retry=False) and versions.scorer.version == "v00000007"
+    assert versions.refused is None
+
+
+def test_a_disk_that_does_not_answer_is_no_fault_of_a_version(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = Versions(root)
+
+    def fail(path: Path) -> Sealed:
+        raise UnavailableError(path, "cannot be read: input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sealed, "at", fail)
+        with pytest.raises(UnavailableError):
+            versions.newer()
+    assert versions.looks == {"unreachable": 1} and "input/output" in str(versions.latest_problem)
+    assert versions.newer() is None and versions.latest_problem is None
+
+
+def test_a_file_that_is_written_again_with_the_same_content_is_fine(root: Path) -> None:
+    """So is one that another file replaces, or that is deleted: what is mapped stays."""
+    versions = Versions(root)
+    file = versions.scorer.snapshot.path / "tables" / "attention.0.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(file.read_bytes())
+    os.utime(file, ns=(1, 1))
+    assert versions.scorer.snapshot.overwritten() == ""
+    other = file.with_suffix(".new")
+    other.write_bytes(b"other")
+    other.replace(file)
+    assert versions.scorer.snapshot.overwritten() == ""
+    file.unlink()
+    assert versions.scorer.snapshot.overwritten() == "" and versions.newer() is None
+
+
+def test_the_age_of_a_version_is_that_of_its_export(root: Path) -> None:
+    """Where a manifest does not say it, when it was written."""
+    versions = Versions(root)
+    assert versions.exported_at is not None
+    assert abs(versions.exported_at - time.time()) < 60 and abs(versions.served_since - time.time()) < 60
+    manifest = read_manifest(root / _SECOND)
+    assert manifest.exported_at == int(versions.exported_at)
+    SEAL.write(root / _SECOND, manifest.model_copy(update={"exported_at": None}).model_dump_json())
+    assert "exported_at" not in (root / _SECOND / "manifest.json").read_text()
+    os.utime(root / _SECOND / "manifest.json", (5, 5))
+    assert Versions(root).exported_at == 5

@@ -1,0 +1,23 @@
+"""How much work a request is, in one number that is known before it is scored."""
+
+from __future__ import annotations
+
+from trainer.serving.checks import visible_behaviors
+from trainer.serving.request import Needs, Request
+
+# The unit is a pair: the comparison of a candidate with a behavior. What else takes time was measured in
+# pairs, on one core (K = 50, vectors of width 16 and 64, a representation of width 128: 2 to 4 ns a pair).
+# Of each candidate: its vectors, the behaviors that were kept for it, and the layers behind them.
+PAIRS_OF_CANDIDATE = 2_500
+# Of each request: its history. Of each model call, whatever it scores.
+PAIRS_OF_REQUEST, PAIRS_OF_CALL = 100_000, 1_000_000
+
+
+def cost_of(request: Request, needs: Needs) -> int:
+    """Pairs of a candidate and a behavior that are compared, and what the candidates cost besides."""
+    return request.count * (visible_behaviors(request, needs) + PAIRS_OF_CANDIDATE)
+
+
+def work_of(calls: int, requests: int, cost: int) -> int:
+    """All that takes time in some model calls, in pairs; `cost`: of all their requests."""
+    return calls * PAIRS_OF_CALL + requests * PAIRS_OF_REQUEST + cost

@@ -1,0 +1,10 @@
+"""What follows from a user's history alone, made once and kept: a request that finds it saves the making.
+
+    state.py      the state of one user: their history, to compare a request's with, and tensors by behavior
+    cache.py      the states that are in memory, the latest used, up to so many bytes
+    maker.py      states of a batch's requests: found, extended or made; and as the model takes them
+    settings.py   the section [user_states] of a server's config
+
+A state is never trusted: the history that it was made of lies in it, and is compared with the request's. What
+depends on the request (its window, positions, ages) is no part of it.
+"""

@@ -1,0 +1,1 @@
+"""FAISS indexes for the largest inner product. A new kind is a file here and a line in `table.py`."""
