@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import embeddings.lookup.hot_rows as hot_rows_module
 from embeddings.errors import SnapshotError, TandemError, UnavailableError
 from tests.helpers.models import preset, small_log
 from tests.helpers.serving import published
@@ -257,3 +258,24 @@ def test_the_age_of_a_version_is_that_of_its_export(root: Path) -> None:
     assert "exported_at" not in (root / _SECOND / "manifest.json").read_text()
     os.utime(root / _SECOND / "manifest.json", (5, 5))
     assert Versions(root).exported_at == 5
+
+
+def test_hot_rows_change_no_bit_and_go_on_with_the_next_version(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked of one version is hot in the next from its first request on."""
+    plain = Versions(root).scorer
+    request = asked(plain)
+    expected = plain.score([request])[0][0].probabilities
+    assert Versions(root, hot_rows=1 << 20).hot_counts == (0, 0, 0)  # these tables are small
+    monkeypatch.setattr(hot_rows_module, "SMALL", 0)
+    versions = Versions(root, hot_rows=1 << 15)
+    assert np.array_equal(versions.scorer.score([request])[0][0].probabilities, expected)
+    publish_copy(root, root / _SECOND)
+    assert versions.reload()
+    before = versions.hot_counts
+    assert before.kept > 0
+    assert np.array_equal(versions.scorer.score([request])[0][0].probabilities, expected)
+    now = versions.hot_counts
+    assert now.hot - before.hot == now.looked_up - before.looked_up > 0
+    assert now.kept == before.kept
