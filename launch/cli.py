@@ -34,7 +34,7 @@ from launch.options import (
 from launch.quick_imports import quick_imports
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
 from launch.serving_verbs import ServeCommand, serve
-from launch.snapshot_verbs import export, score, vectors
+from launch.snapshot_verbs import export, portable, score, vectors
 from launch.stream_verbs import online, windows
 
 app = typer.Typer(
@@ -226,6 +226,7 @@ app.command()(analyze)
 
 
 app.command()(export)
+app.command()(portable)
 
 
 @app.command()

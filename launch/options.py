@@ -111,3 +111,24 @@ UncertaintyCandidates = Annotated[
 PriorPrecision = Annotated[
     float, Option(min=0, max=1e6, help="Of the weights, for --uncertainty; 0: the evidence chooses.")
 ]
+Form = Annotated[
+    Literal["onnx", "pt2"] | None,
+    Option(
+        "--format",
+        help="Write the model for ONNX Runtime or for torch's C++ library instead of a snapshot.",
+        show_default=False,
+    ),
+]
+Inside = Annotated[
+    int,
+    Option("--inside", min=0, help="With --format onnx: bytes of tables that the model's file may hold."),
+]
+ParityLog = Annotated[
+    Path | None,
+    At("--log", metavar="LOG", help="With --format: requests to compare AUC on; else the training's log."),
+]
+ParitySplit = Annotated[str, Option("--split", help="With --format: which split of that log.")]
+Triton = Annotated[
+    Path | None,
+    At("--triton", metavar="DIR", help="Write a Triton model repository, of a model in onnx."),
+]

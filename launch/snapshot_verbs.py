@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
+import typer
 from typer import Option
 
 from launch.options import (
@@ -13,11 +15,15 @@ from launch.options import (
     Checkpoint,
     Device,
     Dtype,
+    Form,
+    Inside,
+    ParityLog,
+    ParitySplit,
     PriorPrecision,
-    RunFolder,
     Search,
     Snapshot,
     Split,
+    Triton,
     Uncertainty,
     UncertaintyCandidates,
     Weights,
@@ -26,15 +32,24 @@ from launch.quick_imports import quick_imports
 
 
 def export(
-    run_folder: RunFolder,
-    out: Annotated[Path, At(metavar="SNAP", help="The snapshot folder to write.")],
-    dtype: Annotated[Dtype, Option(help="How tables of representation are stored.")] = "fp32",
-    attention_dtype: Annotated[Dtype, Option(help="How tables of attention are stored.")] = "fp16",
+    out: Annotated[
+        Path, At(metavar="SNAP", help="The snapshot folder to write; with --format, a new folder.")
+    ],
+    run_folder: Annotated[
+        Path | None, At("--run", metavar="RUN", help="A run folder written by `train`.")
+    ] = None,
+    dtype: Annotated[Dtype | None, Option(help="How tables of representation are stored; fp32.")] = None,
+    attention_dtype: Annotated[
+        Dtype | None, Option(help="How tables of attention are stored; fp16, and with --format fp32.")
+    ] = None,
     since: Annotated[str, Option(metavar="BASE", help="Write only rows that differ from this version.")] = "",
     keep: Annotated[int, Option(min=0, help="Newest versions that stay; 0: all.")] = 0,
     parity_requests: Annotated[
-        int, Option(min=0, help="Validation requests to compare AUC on; 0: none.")
-    ] = 1000,
+        int | None,
+        Option(
+            min=0, help="Requests to compare AUC on; 0: none. 1000 of validation; with --format all of test."
+        ),
+    ] = None,
     aoti: Annotated[bool, Option("--aoti", help="Add the dense part as machine code (g++).")] = False,
     vocabularies: Annotated[
         bool | None,
@@ -52,18 +67,72 @@ def export(
     uncertainty: Uncertainty = False,
     uncertainty_candidates: UncertaintyCandidates = 200_000,
     prior_precision: PriorPrecision = 0.0,
+    form: Form = None,
+    snapshot: Annotated[
+        Path | None,
+        At("--snapshot", metavar="SNAP", help="With --format: a snapshot, in the place of a run."),
+    ] = None,
+    inside: Inside = 1_000_000,
+    log: ParityLog = None,
+    split: ParitySplit = "test",
+    triton: Triton = None,
 ) -> None:
-    """Write a serving snapshot, checked against the run."""
+    """Write a serving snapshot, checked against the run; or with --format its model for other runtimes."""
     with quick_imports():
         from pipelines.export import export as run
+        from pipelines.export_version import ExportOptions
 
     sure = None
     if uncertainty:
         from pipelines.export_uncertainty import UncertaintyOptions
 
         sure = UncertaintyOptions(uncertainty_candidates, prior_precision)
-    rest = (parity_requests, aoti, vocabularies, checkpoint, device, search, weights, sure)
-    run(run_folder, out, dtype, attention_dtype, since, keep, *rest)
+    if form is None:
+        _refuse({"--snapshot": snapshot, "--log": log, "--triton": triton}, "goes with --format")
+        if run_folder is None:
+            raise typer.BadParameter("export needs --run, the run folder whose checkpoint is exported")
+        most = 1000 if parity_requests is None else parity_requests
+        rest = (most, aoti, vocabularies, checkpoint, device, search, weights, sure)
+        run(run_folder, out, dtype or "fp32", attention_dtype or "fp16", since, keep, *rest)
+        return
+    of_snapshots: dict[str, object] = {"--since": since, "--keep": keep or None, "--aoti": aoti or None}
+    of_snapshots |= {"--search": None if search == "none" else search, "--vocabularies": vocabularies}
+    of_snapshots |= {"--uncertainty": uncertainty or None}
+    _refuse(of_snapshots, "is of snapshots, and --format writes none")
+    if snapshot is not None:
+        of_runs = {"--dtype": dtype, "--attention-dtype": attention_dtype, "--checkpoint": checkpoint}
+        _refuse(
+            of_runs | {"--device": device, "--weights": None if weights == "raw" else weights},
+            "goes with --run",
+        )
+    from pipelines.export_portable import PortableOptions, export_portable
+
+    version = ExportOptions(
+        dtype or "fp32", attention_dtype or "fp32", parity_requests=0, which=checkpoint, weights=weights
+    )
+    requests = None if parity_requests == 0 else parity_requests or 0
+    options = PortableOptions(form, inside, log, split, requests, triton)
+    export_portable(run_folder, snapshot, out, options, version, device)
+
+
+def _refuse(given: Mapping[str, object], why: str) -> None:
+    """Raises BadParameter for the first option that was given."""
+    for name, value in given.items():
+        if value or value is False:
+            raise typer.BadParameter(f"{name} {why}")
+
+
+def portable(
+    folder: Annotated[Path, At("--model", metavar="DIR", help="A portable model by `export --format`.")],
+    triton: Triton = None,
+) -> None:
+    """Check a portable model on this machine: its files, and scores of its recorded requests."""
+    with quick_imports():
+        from pipelines.export_portable import check_portable, write_repository
+
+    check_portable(folder)
+    if triton is not None:
+        write_repository(folder, triton)
 
 
 def score(

@@ -62,7 +62,7 @@ def export_portable(
     snapshot: Path | None,
     out: Path,
     options: PortableOptions,
-    version: ExportOptions = ExportOptions(attention_dtype="fp32"),
+    version: ExportOptions,
     device: DeviceName | None = None,
 ) -> Path:
     """Write the model of a snapshot, or of a run's checkpoint, into the new folder `out`.

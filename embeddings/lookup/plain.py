@@ -58,4 +58,5 @@ class PlainBagCollection(nn.Module):
             weight = getattr(self, self.group.table_name(table))
             pooled.append(sum_bags(weight, bag.values(), bag.offsets().to(bag.values().dtype)))
         dims = [table.dim for table in self.group.all_tables]
-        return KeyedTensor(self.group.keys, dims, torch.cat(pooled, dim=1))
+        # The only one as it is: a copy takes as long as the lookup.
+        return KeyedTensor(self.group.keys, dims, pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1))

@@ -75,6 +75,31 @@ class ReadyBody(BaseModel):
     updates: str
 
 
+class LatestBody(BaseModel):
+    """What LATEST says of newer versions.
+
+    Attributes:
+        problem: why the version that it names is not the one that is served; None where it is.
+        looks: how often a look found what.
+    """
+
+    problem: str | None
+    looks: dict[str, int]
+
+
+class StatesBody(BaseModel):
+    """What is kept of users between their requests.
+
+    Attributes:
+        outcomes: of scored requests, what was known of their users.
+        entries, bytes: that are held in memory now.
+    """
+
+    outcomes: dict[str, int]
+    entries: int
+    bytes: int
+
+
 class HealthBody(BaseModel):
     """State, and what a client must know of the snapshot.
 
@@ -87,6 +112,10 @@ class HealthBody(BaseModel):
         uncertainty: whether it can say how sure it is.
         users: what a raw `user_id` is, `text` or `integers`; None: the server has no histories.
         refused: the newest version that was refused; updates: why newer ones cannot be looked for.
+        exported_at, served_since: of the version, in seconds since 1970; older versions do not say the first.
+        limits: of one body, by the keys of `[limits]`.
+        queue: bodies that are not answered; of those that wait, calls of the model and their cost.
+        user_states: None where none are kept.
     """
 
     status: str
@@ -108,6 +137,12 @@ class HealthBody(BaseModel):
     uptime_seconds: float
     refused: dict[str, str] | None
     updates: UpdatesBody | None
+    latest: LatestBody
+    exported_at: float | None
+    served_since: float
+    limits: dict[str, int]
+    queue: dict[str, int]
+    user_states: StatesBody | None
 
 
 class ReloadBody(BaseModel):

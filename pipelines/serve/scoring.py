@@ -37,7 +37,8 @@ def add_score(app: FastAPI, service: Service) -> None:
         """Score the candidates of one or several requests."""
         hold = Hold(service.in_flight)
         try:
-            return await _answer(request, service, hold)
+            with service.traced("POST /score", request.headers):
+                return await _answer(request, service, hold)
         except BaseException:
             hold.release()
             raise

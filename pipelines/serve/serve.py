@@ -20,6 +20,7 @@ from pipelines.serve.metrics import Metrics
 from pipelines.serve.server import Server
 from pipelines.serve.service import Service
 from pipelines.serve.settings import ServeSettings
+from pipelines.serve.traces import Tracer
 from trainer.serving.histories import HistoryStore
 from trainer.serving.versions import Versions
 
@@ -49,7 +50,8 @@ def serve(
     if settings.grpc.port is not None:
         check_address(http.host, settings.grpc.port, "grpc.port")
     torch.set_num_threads(settings.batching.threads)
-    metrics, log = Metrics(), Log(settings.logs)
+    tracer = Tracer(settings.traces) if settings.traces.endpoint else None
+    metrics, log = Metrics(tracer), Log(settings.logs)
     store = None if histories is None else HistoryStore(histories, cache=cache)
     versions = Versions(
         *(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary, cache),
@@ -75,6 +77,8 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     Server(config, service).run()
+    if tracer is not None:
+        tracer.close()
 
 
 def _hear_libraries(log: Log) -> None:

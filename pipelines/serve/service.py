@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 
+from pipelines.serve.gauges import Gauges
 from pipelines.serve.load import InFlight
 from pipelines.serve.logs import Log
 from pipelines.serve.metrics import Metrics
@@ -15,6 +16,7 @@ from pipelines.serve.tokens import token_of
 from pipelines.serve.updates import Updates
 from trainer.serving.core import CoreSettings, ScoringCore
 from trainer.serving.request import Limits
+from trainer.serving.user_state.cache import Statistics
 from trainer.serving.versions import Versions
 
 
@@ -42,7 +44,7 @@ class Service:
         core = CoreSettings(self.settings.limits.limits(), self.settings.batching.settings())
         self.core = ScoringCore(versions, core, metrics)
         self.in_flight = InFlight(self.load.in_flight)
-        metrics.in_flight.set_function(lambda: self.in_flight.held)
+        metrics.watch(Gauges(self))
         self.updates = Updates(versions, metrics, self.settings.updates.poll_seconds, self.log)
         access = self.settings.access
 
@@ -58,6 +60,16 @@ class Service:
     def limits(self) -> Limits:
         """Of one body, as the core has them now."""
         return self.core.settings.limits
+
+    def state_statistics(self) -> Statistics | None:
+        """Of what is kept of users between their requests; None where nothing is."""
+        states = getattr(self.versions.scorer, "states", None)
+        return None if states is None else states.cache.statistics()
+
+    def traced(self, name: str, headers: Mapping[str, str]) -> AbstractContextManager[None]:
+        """The span of a body while it is open; see `Tracer.body`."""
+        tracer = self.metrics.tracer
+        return nullcontext() if tracer is None else tracer.body(name, headers)
 
     def problem(self) -> str | None:
         """Why no requests should be sent here; None where all is well."""

@@ -6,6 +6,7 @@ What a library of `trainer.serving` takes is made of a section by its method, so
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -87,9 +88,15 @@ class LimitSettings(Settings):
     @model_validator(mode="after")
     def _has_room_for_one(self) -> LimitSettings:
         if self.in_flight < self.body:
-            problem = f"is less than one body may have, limits.body = {self.body}"
-            raise ValueError(f"limits.in_flight = {self.in_flight} {problem}")
+            problem = f"is less than one body may have, body = {self.body}"
+            raise ValueError(f"in_flight = {self.in_flight} {problem}")
         return self
+
+    @staticmethod
+    def of(limits: Limits) -> dict[str, int]:
+        """Limits by their keys."""
+        found = asdict(limits)
+        return {"json_body" if name == "json" else name: most for name, most in found.items()}
 
     def limits(self) -> Limits:
         """As the readers of bodies take them."""
@@ -142,7 +149,7 @@ class UpdateSettings(Settings):
 
 class AccessSettings(Settings):
     """Tokens: files with one line of 16 or more plain characters, which a client brings as
-    `Authorization: Bearer TOKEN`. A file that changes is read again within a second."""
+    `Authorization: Bearer TOKEN`. A file that has changed is read again when the next client brings one."""
 
     reload_token_file: Path | None = None
     """Of POST /reload. Not set: nobody may ask for it."""

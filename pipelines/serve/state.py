@@ -6,7 +6,16 @@ import time
 
 from fastapi import FastAPI, Request, Response
 
-from pipelines.serve.bodies import HealthBody, LiveBody, ReadyBody, ReloadBody, UpdatesBody, errors_of
+from pipelines.serve.bodies import (
+    HealthBody,
+    LatestBody,
+    LiveBody,
+    ReadyBody,
+    ReloadBody,
+    StatesBody,
+    UpdatesBody,
+    errors_of,
+)
 from pipelines.serve.service import Service
 from pipelines.serve.tokens import check_token
 from trainer.serving.request import RequestError
@@ -39,7 +48,20 @@ def _health(service: Service) -> HealthBody:
         uptime_seconds=time.monotonic() - service.started,
         refused={"version": refused[0], "problem": refused[1]} if refused else None,
         updates=failing,
+        latest=LatestBody(problem=service.versions.latest_problem, looks=dict(service.versions.looks)),
+        exported_at=service.versions.exported_at,
+        served_since=service.versions.served_since,
+        limits=service.settings.limits.of(service.limits),
+        queue=service.core.queue._asdict(),
+        user_states=_states(service),
     )
+
+
+def _states(service: Service) -> StatesBody | None:
+    found = service.state_statistics()
+    if found is None:
+        return None
+    return StatesBody(outcomes=found.outcomes, entries=found.entries, bytes=found.bytes)
 
 
 def add_state(app: FastAPI, service: Service) -> None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -23,7 +23,7 @@ from trainer.serving.body import Body, decode, encode, held_bytes
 from trainer.serving.call import JSON, Call, Reply
 from trainer.serving.cost import PAIRS_OF_CANDIDATE, cost_of, work_of
 from trainer.serving.model_calls import Outcome, Portion, score_portions
-from trainer.serving.observer import ModelCall, Observer
+from trainer.serving.observer import Follow, ModelCall, Observer, PartTimes
 from trainer.serving.pace import Pace
 from trainer.serving.request import Limits, RequestError
 from trainer.serving.scheduler import BatchSettings, BodyPart, Scheduler, Size, Work
@@ -68,6 +68,7 @@ class _Waiting:
 
     body: Body
     answer: asyncio.Future[list[Answer]]
+    follow: Follow | None = None
     answers: list[Answer] = field(default_factory=list)
 
     def fail(self, error: Exception) -> None:
@@ -87,6 +88,14 @@ class _Call:
     parts: Sequence[BodyPart]
     began: float
     scoring: asyncio.Future[tuple[list[Outcome], Seconds]]
+
+
+class Queue(NamedTuple):
+    """Bodies that were taken and are not answered; of those that wait for the model, parts and their cost."""
+
+    bodies: int
+    parts: int
+    cost: int
 
 
 class ScoringCore:
@@ -132,6 +141,13 @@ class ScoringCore:
         if self._unsound() is self.versions.scorer:
             problems.append(self._unsound_problem)
         return State(not self._ended, not problems, self._draining, tuple(problems))
+
+    @property
+    def queue(self) -> Queue:
+        """What waits now."""
+        waiting = self._scheduler.waiting
+        parts = sum(work.parts_left for work in waiting)
+        return Queue(self._taken, parts, sum(work.cost(work.parts_left) for work in waiting))
 
     async def run(self) -> None:
         """Score what comes, until cancelled; whatever goes wrong, its bodies are told and others go on."""
@@ -284,7 +300,7 @@ class ScoringCore:
             pairs = f"candidates x (behaviors that the model reads + {PAIRS_OF_CANDIDATE:,})"
             problem = f"the body costs {cost:,} pairs ({pairs}), the server takes {limit:,} (limits.cost)"
             raise RequestError(413, f"{problem}; send fewer requests at once")
-        waiting = _Waiting(body, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(body, asyncio.get_running_loop().create_future(), self.observe.follow())
         kind = (id(body.scorer), body.explain)
         return Work(waiting, kind, sizes, self.settings.batching, self.clock(), deadline)
 
@@ -292,7 +308,7 @@ class ScoringCore:
         """Raises RequestError (503) for a body that would be scored too late."""
         now = self.clock()
         requests, cost = self._scheduler.before(job)
-        calls = math.ceil(requests / self.settings.batching.requests)
+        calls = max(math.ceil(requests / self.settings.batching.requests), len(job.parts))
         seconds = self._pace.seconds(work_of(calls, requests, cost), now)
         if not seconds or now + seconds <= job.deadline:
             return
@@ -337,6 +353,9 @@ class ScoringCore:
             candidates = sum(size.candidates for size in taken)
             waited = [call.began - job.queued for job in call.jobs if not job.done]
             self.observe.called(ModelCall(len(call.jobs), requests, candidates, waited, seconds))
+            for job in call.jobs:
+                if job.owner.follow is not None:
+                    job.owner.follow(PartTimes(None if job.done else call.began - job.queued, seconds))
         except Exception as error:
             outcomes = [error] * len(call.jobs)
         for job, outcome in zip(call.jobs, outcomes, strict=True):

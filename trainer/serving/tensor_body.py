@@ -49,6 +49,9 @@ def decode_tensors(
     exploration = exploration_of({name.encode(): value.encode() for name, value in asked.items()})
     if exploration is not None:
         check_exploration(scorer.snapshot)
+    for name in tensors:
+        if name.endswith(LENGTHS) and name.removesuffix(LENGTHS) not in tensors:
+            raise RequestError(422, f"tensor {name}: there is no tensor {name.removesuffix(LENGTHS)}")
     users = None if histories is None else histories.users
     stored: Mapping[int, History] = histories or {}
     try:
@@ -59,9 +62,6 @@ def decode_tensors(
         request = form.request(stored, limits)
     except pa.ArrowException as error:
         raise RequestError(422, f"the tensors are no request: {str(error).splitlines()[0][:200]}") from None
-    for name in tensors:
-        if name.endswith(LENGTHS) and name.removesuffix(LENGTHS) not in tensors:
-            raise RequestError(422, f"tensor {name}: there is no tensor {name.removesuffix(LENGTHS)}")
     return Body(scorer, [as_read(request, scorer)], raw=ids == "raw", exploration=exploration)
 
 

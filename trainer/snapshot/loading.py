@@ -56,6 +56,7 @@ OWN_TOLERANCE = 1e-5
 OWN_EXCEPTIONS = 0.01
 _LONGEST_REASON = 500
 _T = TypeVar("_T")
+Model = Callable[[RequestBatch], Prediction]
 
 
 class RecordedRequests(NamedTuple):
@@ -87,26 +88,26 @@ class Snapshot:
     files: MappedFiles = field(default_factory=MappedFiles)
 
     @torch.no_grad()
-    def score(self, batch: RequestBatch) -> Tensor:
-        """Probabilities, float32 [C, T], of a batch as the reader gives it: with ids, not rows."""
-        prediction: Prediction = self.model(self.with_rows(batch))
+    def score(self, batch: RequestBatch, model: Model | None = None) -> Tensor:
+        """Probabilities, float32 [C, T], of a batch with ids, as the reader gives it; by `model`, of rows."""
+        prediction = (model or self.model)(self.with_rows(batch))
         return prediction.logits.sigmoid()
 
     @torch.no_grad()
-    def features(self, batch: RequestBatch) -> tuple[Tensor, list[Tensor]]:
+    def features(self, batch: RequestBatch, model: Model | None = None) -> tuple[Tensor, list[Tensor]]:
         """Of such a batch: logits [C, T], and of each task phi [C, D], see `trainer.snapshot.uncertainty`.
 
         The head must have last layers, see `Head.last_layer_obstacle`.
         """
         layers = self.model.head.last_layers()
         with watched(layers) as given:
-            prediction: Prediction = self.model(self.with_rows(batch))
+            prediction = (model or self.model)(self.with_rows(batch))
         return prediction.logits, [with_one(given[layer.map]) for layer in layers]
 
-    def judge(self, batch: RequestBatch) -> Judgement:
+    def judge(self, batch: RequestBatch, model: Model | None = None) -> Judgement:
         """What it says of such a batch, and how sure it is; for a version that has posteriors."""
         with torch.no_grad():
-            return Judgement.of(*self.features(batch), self.posteriors)
+            return Judgement.of(*self.features(batch, model), self.posteriors)
 
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Selection]:

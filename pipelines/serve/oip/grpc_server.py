@@ -163,7 +163,9 @@ class GrpcServer:
             call = Inference(
                 request.model_name, request.model_version, tensors, parameters, outputs, deadline, hold.resize
             )
-            version, found = await self._inference.infer(call)
+            headers = dict(context.invocation_metadata())
+            with self._service.traced(f"{SERVICE}/ModelInfer", headers):
+                version, found = await self._inference.infer(call)
         finally:
             hold.release()
         return _answer(request, version, found)

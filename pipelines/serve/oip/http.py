@@ -175,7 +175,8 @@ def add_inference(app: FastAPI, service: Service) -> None:
         """Score the candidates of one request, given as tensors."""
         hold = Hold(service.in_flight)
         try:
-            return await _answer(request, service, inference, hold, (name, version))
+            with service.traced("POST /v2/models/{name}/infer", request.headers):
+                return await _answer(request, service, inference, hold, (name, version))
         except BaseException:
             hold.release()
             raise

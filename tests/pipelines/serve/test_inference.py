@@ -195,9 +195,9 @@ def drop(name: str) -> Callable[[Body], None]:
     return apply
 
 
-def change(name: str, **parts: Any) -> Callable[[Body], None]:
+def change(tensor: str, /, **parts: Any) -> Callable[[Body], None]:
     def apply(body: Body) -> None:
-        next(each for each in body["inputs"] if each["name"] == name).update(parts)
+        next(each for each in body["inputs"] if each["name"] == tensor).update(parts)
 
     return apply
 
@@ -255,14 +255,8 @@ def test_deadlines_limits_and_clients_that_leave_reach_the_core(
     snapshot: Snapshot, monkeypatch: Patch, asked: list[Body]
 ) -> None:
     async def run() -> None:
-        service = service_of(
-            snapshot,
-            monkeypatch,
-            grpc__port=0,
-            grpc__body=30_000,
-            batching__window_ms=400,
-            limits__cost=10**6,
-        )
+        own = {"grpc__port": 0, "grpc__body": 30_000, "batching__window_ms": 400}
+        service = service_of(snapshot, monkeypatch, **own)
         async with calling(service) as (client, remote, _):
             with pytest.raises(InferenceServerException) as found:
                 await remote.infer("tandemrec", inputs(asked[0]), client_timeout=0.1)
@@ -279,7 +273,7 @@ def test_deadlines_limits_and_clients_that_leave_reach_the_core(
             await asyncio.sleep(0.2)
             leaving.cancel()
             async with asyncio.timeout(20):
-                while await client.metric('tandemrec_lost_total{why="abandoned"}') < 1:
+                while 'tandemrec_lost_total{why="abandoned"}' not in (await client.http.get("/metrics")).text:
                     await asyncio.sleep(0.02)
             one = InferInput("body", [1], "BYTES")
             one.set_data_from_numpy(np.array([b"x" * 40_000], object))

@@ -163,8 +163,13 @@ def look_at_the_page_without_histories(url: str) -> None:
 
 
 def test_sigterm_finishes_what_was_accepted(made: Path) -> None:
-    """Bodies that wait when the signal comes are still answered; then it ends with 0, silently."""
-    with server_alone(made / "snapshot", "--set", "batching.window_ms=1500") as (process, url):
+    """First not ready, then no new connection; what came whole is answered, then it ends with 0, silently.
+
+    A body that never comes whole holds nothing up, and neither it nor a client that left is an error.
+    """
+    keys = ("batching.window_ms=1500", "drain.delay_seconds=1", "drain.seconds=600", "grpc.port=0")
+    words = [word for key in keys for word in ("--set", key)]
+    with server_alone(made / "snapshot", *words) as (process, url):
         if CHROMIUM is not None:
             look_at_the_page_without_histories(url)
         answers: list[tuple[int, Any]] = []
@@ -173,14 +178,33 @@ def test_sigterm_finishes_what_was_accepted(made: Path) -> None:
         ]
         for each in clients:
             each.start()
-        time.sleep(0.7)
-        assert not answers
-        process.send_signal(signal.SIGTERM)
-        for each in clients:
-            each.join(30)
-        out, err = process.communicate(timeout=30)
+        content, address = json.dumps(asked()).encode(), ("127.0.0.1", int(url.rpartition(":")[2]))
+        head = b"POST /score HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(content)
+        with socket.create_connection(address) as half, socket.create_connection(address) as idle:
+            half.sendall(head + content[:9])
+            with socket.create_connection(address) as leaving:
+                leaving.sendall(head + content)
+            until(lambda: metric(url, "tandemrec_disconnects_total") == 1)
+            time.sleep(0.5)
+            assert not answers
+            process.send_signal(signal.SIGTERM)
+            until(lambda: call(f"{url}/readyz")[0] == 503)
+            assert call(f"{url}/livez")[0] == 200
+            for each in clients:
+                each.join(30)
+            half.settimeout(60)
+            said = half.recv(400)
+            assert said.startswith(b"HTTP/1.1 503 ") and b"the body has not come whole" in said
+            assert idle.recv(400) == b""
+            out, err = process.communicate(timeout=60)
         assert [status for status, _ in answers] == [200] * 4
         assert process.returncode == 0 and err == "" and "Traceback" not in out
+
+
+def metric(url: str, name: str) -> float:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        lines = [line.decode().rpartition(" ") for line in answer]
+    return float(next(value for key, _, value in lines if key == name))
 
 
 def test_a_port_in_use_is_said_before_the_snapshot_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
