@@ -35,8 +35,8 @@ class Versions:
         cache: where versions of a snapshot in an object store are fetched to, and vocabularies kept that are
             too large for memory; None: the user's caches.
         hot_rows: bytes for rows that are asked for most, see `embeddings.lookup.hot_rows`; 0 = none are kept.
-        user_states: what is kept of users between their requests, for each version anew; second: where other
-            processes find it, open as long as this lives.
+        user_states: what scorers keep of users between their requests; a new version begins without any.
+        store: what other processes share of it.
         reloaded: told "switched", "unchanged", "refused" or "failed" after every attempt.
 
     Attributes:
@@ -64,10 +64,10 @@ class Versions:
         cache: Path | None = None,
         hot_rows: int = 0,
         user_states: UserStateSettings | None = None,
-        second: SecondLevel | None = None,
+        store: SecondLevel | None = None,
     ) -> None:
+        self._user_states, self._store = user_states, store
         self._cache, self._hot_bytes = cache, hot_rows
-        self._user_states, self._second = user_states, second
         self._hot_rows: dict[str, HotRows] = {}
         self.root, self.histories, self._reloaded = root, histories, reloaded
         self._vocabulary = vocabulary
@@ -173,7 +173,7 @@ class Versions:
             known = self.histories.manifest
             snapshot.check_vocabularies({**known.features, **known.context}, self.histories.log)
         chunk = self.histories.chunk if self.histories else 0
-        scorer = Scorer(snapshot, chunk, user_states=self._user_states, second=self._second)
+        scorer = Scorer(snapshot, chunk, user_states=self._user_states, store=self._store)
         scorer.vocabularies = vocabularies_of(snapshot, self._vocabulary, self._cache)
         users = self.histories.users if self.histories is not None else None
         drop_unused(each.folder for each in (*scorer.vocabularies.values(), users) if each is not None)

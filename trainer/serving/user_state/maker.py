@@ -88,10 +88,11 @@ class StateMaker:
     Args:
         snapshot, needs: of the scorer.
         settings: their `bytes` are not 0.
-        snapshot_digest: of the manifest; second: where states are shared with other processes.
+        store: the second level of the cache.
 
     Attributes:
         cache: the states that are kept.
+        outcomes: of the requests of the newest call, by their places; of those without a state, none.
     """
 
     def __init__(
@@ -100,11 +101,12 @@ class StateMaker:
         needs: Needs,
         settings: UserStateSettings,
         snapshot_digest: str,
-        second: SecondLevel | None = None,
+        store: SecondLevel | None = None,
     ) -> None:
-        self.model, self.needs, self.settings, self.second = snapshot.model, needs, settings, second
+        self.model, self.needs, self.settings = snapshot.model, needs, settings
         self.plan = Plan.of(snapshot.model, settings.representation)
-        self.cache = StateCache(settings.bytes)
+        self.cache = StateCache(settings.bytes, store)
+        self.outcomes: dict[int, Outcome] = {}
         # A data path that searches, or clusters, leaves other behaviors in every batch.
         data = snapshot.manifest.config.data
         self.off = bool(data.search.levels) or data.clusters or not self.plan.groups
@@ -115,6 +117,7 @@ class StateMaker:
 
     def model_for(self, requests: Sequence[Request]) -> Callable[[RequestBatch], Prediction] | None:
         """What scores the batch of these requests, with rows in the place of ids; None: the model itself."""
+        self.outcomes = {}
         if self.off or max(request.history.time.size for request in requests) < self.settings.least:
             return None
 
@@ -174,8 +177,9 @@ class StateMaker:
         olds: dict[int, UserState | None] = {}
         for place, key in keys.items():
             wanted, old = parts[place].stretch, self.cache.get(key)
-            if old is None and self.second is not None:
-                old = self._shared(key)
+            if old is not None and _shapes(old.rows) != _shapes(self._row):
+                # It came from another process, and is not what this one would make.
+                old = None
             outcome: Outcome = "miss"
             if old is not None and old.has(wanted):
                 outcome, states[place] = "hit", old
@@ -184,6 +188,7 @@ class StateMaker:
             else:
                 outcome, olds[place] = "miss" if old is None else "stale", None
             self.cache.count(outcome)
+            self.outcomes[place] = outcome
         first = {
             place: parts[place].stretch.first if old is None else old.known.last
             for place, old in olds.items()
@@ -192,20 +197,7 @@ class StateMaker:
             made = self._made(keys[place], parts[place].stretch, olds[place], vectors)
             states[place] = made
             self.cache.put(made)
-            if self.second is not None:
-                self.second.put(made)
         return {place: state.rows_of(parts[place].stretch) for place, state in states.items()}
-
-    def _shared(self, key: bytes) -> UserState | None:
-        """What another process made, as far as it is what this one would make."""
-        assert self.second is not None
-        found = self.second.get(key)
-        if found is None or _shapes(found.rows) != _shapes(self._row):
-            return None
-        # In memory of its own, which begins at a line.
-        found = replace(found, rows={name: part.clone() for name, part in found.rows.items()}, writable=True)
-        self.cache.put(found)
-        return found
 
     def _looked_up(
         self, first: Mapping[int, int], parts: Sequence[_Part], batch: RequestBatch

@@ -19,4 +19,4 @@ class UserStateSettings(Settings):
     least: int = Field(256, ge=1)
     """Behaviors. Users of fewer have no state: making everything again costs less than keeping it."""
     store: AnyStore | None = None
-    """Where states are shared with other server processes. Not set: each process has its own alone."""
+    """Where states lie that several processes share; without it, each has those in its own memory."""
