@@ -54,7 +54,7 @@ def serve(
     tracer = Tracer(settings.traces) if settings.traces.endpoint else None
     metrics, log = Metrics(tracer), Log(settings.logs)
     store = None if histories is None else HistoryStore(histories, cache=cache)
-    shared = open_second_level(settings.user_states.store)
+    shared = open_second_level(settings.user_states.store) if settings.user_states.bytes else None
     versions = Versions(
         *(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary, cache),
         hot_rows=settings.hot_rows.bytes,

@@ -205,6 +205,7 @@ class ServeSettings(Settings):
     inference: InferenceSettings = InferenceSettings()
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
+    user_states: UserStateSettings = UserStateSettings()
     hot_rows: HotRowSettings = HotRowSettings()
     user_states: UserStateSettings = UserStateSettings()
     updates: UpdateSettings = UpdateSettings()
