@@ -20,9 +20,9 @@ from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.user_state.shared_memory import SharedMemorySettings
 
 
-def scorer_of(config: Config, folder: Path | None) -> Scorer:
+def scorer_of(config: Config, folder: Path | None, version: str = "v00000001") -> Scorer:
     store = None if folder is None else SharedMemorySettings(kind="shared_memory", folder=folder)
-    return Scorer(snapshot_of(config), user_states=UserStateSettings(least=1, store=store))
+    return Scorer(snapshot_of(config, Path(version)), user_states=UserStateSettings(least=1, store=store))
 
 
 def scores(scorer: Scorer, requests: list[Request]) -> list[np.ndarray]:  # type: ignore[type-arg]
@@ -54,10 +54,8 @@ def test_a_state_of_another_server_scores_as_ones_own(tmp_path: Path, name: str)
     assert mine.outcomes["miss"] == mine.store.look_ups["absent"] > 0
     assert theirs.store.look_ups["found"] == mine.outcomes["miss"] and theirs.outcomes["miss"] == 0
     assert theirs.outcomes["hit"] > 0 and theirs.store.writes["written"] == 0
-    # Other weights are another snapshot: nothing of the old one is found.
-    changed = scorer_of(
-        config.model_copy(update={"train": config.train.model_copy(update={"seed": 5})}), tmp_path
-    )
+    # Of another version nothing is found.
+    changed = scorer_of(config, tmp_path, "v00000002")
     scores(changed, requests[:3])
     assert changed.states is not None
     store = changed.states.cache.statistics().store
