@@ -5,9 +5,9 @@ page of 4 KiB in memory, with 63 rows beside it that nobody may ask for. Hot row
 their own bytes alone. They are copied as they are stored, so that whatever is looked up has the same bits as
 without them.
 
-Which rows are hot is counted: the ids of the newest look-ups are noted, and when enough of them are new, a
-thread copies the rows that were asked for most. Ids, rows and notes take no more memory than they were given,
-and rows take it twice while others are chosen.
+Which rows are hot is counted: the ids of the newest look-ups are noted, and now and then a thread copies the
+rows that were asked for most, at first often, and ever less so. Ids, rows and notes take no more memory than
+they were given, and rows take it twice while others are chosen.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ _ID_BYTES = 8
 _MULTIPLIER = 5_700_357_409_661_599_241
 # Rows that are copied at once.
 _SOME = 1 << 12
+# Look-ups without which no row is worth to be read for it alone.
+_LEAST = 2
+# Rows are chosen anew after as many look-ups as there are notes, then after twice as many, and so on up to:
+_LONGEST = 64
 # Bytes of a table below which the system keeps all of it in memory anyhow.
 SMALL = 4 << 20
 # No id of a table.
@@ -73,8 +77,9 @@ class HotRows(RowStore):
         self._sets = size // (slot * _WAYS)
         self._kept: _Kept | None = None
         self._notes = np.zeros(_NOTES * self._sets * _WAYS, dtype=np.int64)
-        # Ids that were noted since the beginning, and when the newest rows were chosen.
-        self._noted = self._chosen_at = 0
+        # Ids that were noted since the beginning, and at how many of them rows are chosen anew.
+        self._noted, self._wait = 0, self._notes.size
+        self._choose_at = self._wait
         self._looked_up = self._hot = 0
         self._thread: threading.Thread | None = None
 
@@ -96,19 +101,8 @@ class HotRows(RowStore):
             return rows_at(self.table, ids)
         ids = ids.long()
         self._note(ids)
-        kept = self._kept
-        if kept is None:
-            return rows_at(self.table, ids)
-        of_set = self._set_of(ids)
-        same = kept.keys.index_select(0, of_set) == ids[:, None]
-        hot, way = same.max(1)
-        # An empty place has a key that is no id of a table, and a wrong id may be that very one.
-        hot &= ids >= 0
-        found = kept.rows.index_select(0, of_set * _WAYS + way)
-        cold = torch.nonzero(~hot).squeeze(1)
-        if cold.numel():
-            found.index_copy_(0, cold, rows_at(self.table, ids.index_select(0, cold)))
-        self._hot += ids.numel() - cold.numel()
+        found, hot = self._select(self._kept, ids)
+        self._hot += hot
         return found
 
     def noted(self) -> Ids:
@@ -118,27 +112,31 @@ class HotRows(RowStore):
     def keep(self, ids: Ids) -> None:
         """Keep the rows that these ids name most often, from now on; those outside of the table are left out.
 
-        Of two that are named as often, the smaller id is kept, so that the same ids keep the same rows.
+        A row must be named twice, for to read it costs as much as to look it up once. One that is kept
+        already counts once more: it need not be read. Of two that are named as often the smaller id is kept,
+        so that the same ids keep the same rows.
         """
         if not self._sets:
             return
+        before = self._kept
         known, counts = np.unique(ids[(ids >= 0) & (ids < self.shape[0])], return_counts=True)
+        if before is not None:
+            counts = counts + np.isin(known, before.keys.numpy())
+        worth = counts >= _LEAST
+        known, counts = known[worth], counts[worth]
         known = known[np.argsort(-counts, kind="stable")]
         # By set, the most frequent first; a set keeps as many as it has places.
         of_set = self._set_of(torch.from_numpy(known)).numpy()
         order = np.argsort(of_set, kind="stable")
         known, of_set = known[order], of_set[order]
-        begin = np.searchsorted(of_set, of_set)
-        way = np.arange(known.size) - begin
+        way = np.arange(known.size) - np.searchsorted(of_set, of_set)
         fits = way < _WAYS
-        place = torch.from_numpy((of_set * _WAYS + way)[fits])
-        chosen = torch.from_numpy(known[fits])
+        place, chosen = torch.from_numpy((of_set * _WAYS + way)[fits]), torch.from_numpy(known[fits])
         keys = torch.full((self._sets * _WAYS,), _NONE)
         rows = torch.empty((self._sets * _WAYS, self.shape[1]), dtype=self.dtype)
         keys[place] = chosen
-        # In the order of the file; some at a time, for those that are not in memory are read one by one.
         for at, some in zip(place.split(_SOME), chosen.split(_SOME), strict=True):
-            rows[at] = rows_at(self.table, some)
+            rows[at] = self._select(before, some)[0]
         self._kept = _Kept(keys.view(self._sets, _WAYS), rows, chosen.numel())
 
     def wait(self) -> None:
@@ -147,7 +145,7 @@ class HotRows(RowStore):
             self._thread.join()
 
     def _note(self, ids: Tensor) -> None:
-        """Remember what is looked up; once it is as much as half of the notes, choose anew."""
+        """Remember what is looked up; now and then choose anew which rows are kept."""
         self._looked_up += ids.numel()
         newest = ids.numpy()[-self._notes.size :]
         at = self._noted % self._notes.size
@@ -155,13 +153,27 @@ class HotRows(RowStore):
         self._notes[at : at + first] = newest[:first]
         self._notes[: newest.size - first] = newest[first:]
         self._noted += newest.size
-        enough = self._noted - self._chosen_at >= self._notes.size // 2
-        if enough and (self._thread is None or not self._thread.is_alive()):
-            self._chosen_at = self._noted
+        if self._noted >= self._choose_at and (self._thread is None or not self._thread.is_alive()):
+            self._wait = min(2 * self._wait, _LONGEST * self._notes.size)
+            self._choose_at = self._noted + self._wait
             self._thread = threading.Thread(
                 target=self.keep, args=(self.noted(),), name="hot-rows", daemon=True
             )
             self._thread.start()
+
+    def _select(self, kept: _Kept | None, ids: Tensor) -> tuple[Tensor, int]:
+        """Stored rows of ids, and how many of them were hot."""
+        if kept is None:
+            return rows_at(self.table, ids), 0
+        of_set = self._set_of(ids)
+        hot, way = (kept.keys.index_select(0, of_set) == ids[:, None]).max(1)
+        # An empty place has a key that is no id of a table, and a wrong id may be that very one.
+        hot &= ids >= 0
+        found = kept.rows.index_select(0, of_set * _WAYS + way)
+        cold = torch.nonzero(~hot).squeeze(1)
+        if cold.numel():
+            found.index_copy_(0, cold, rows_at(self.table, ids.index_select(0, cold)))
+        return found, ids.numel() - cold.numel()
 
     def _set_of(self, ids: Tensor) -> Tensor:
         """The set of each id: the upper half of a product, reduced to as many sets as there are."""

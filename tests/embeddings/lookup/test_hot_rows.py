@@ -52,7 +52,7 @@ def test_rows_and_sums_are_the_same_bits_whatever_is_hot(
     table = table_of(dtype, patched)
     hot = HotRows(table, size)
     assert (hot.shape, hot.dtype) == (table.shape, table.dtype)
-    hot.keep(np.array(kept, dtype=np.int64))
+    hot.keep(np.array(kept, dtype=np.int64).repeat(2))
     for call in calls:
         ids = torch.tensor(call, dtype=torch.int64)
         assert same(hot.index_select(ids), rows_at(table, ids))
@@ -64,12 +64,14 @@ def test_rows_and_sums_are_the_same_bits_whatever_is_hot(
 @settings(max_examples=25)
 @given(ids=st.lists(st.integers(-2, 400), max_size=300), sets=st.integers(1, 5))
 def test_the_rows_that_were_named_most_are_kept(ids: list[int], sets: int) -> None:
-    """Against plain counting: of each set the most frequent, of equal ones the smallest ids."""
+    """Against plain counting: of each set the most frequent above one, of equal ones the smallest ids."""
     table = table_of("fp32", patched=False)
     hot = HotRows(table, sets * 8 * (4 * _DIM + 24))
     hot.keep(np.array(ids, dtype=np.int64))
     of_set: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for known, count in Counter(each for each in ids if 0 <= each < _ROWS).items():
+        if count < 2:
+            continue
         of_set[(((known * 5_700_357_409_661_599_241) >> 32) & 0x7FFF_FFFF) % sets].append((-count, known))
     expected = {known for each in of_set.values() for _, known in sorted(each)[:8]}
     assert hot._kept is not None and hot.counts.kept == len(expected)
@@ -77,6 +79,10 @@ def test_the_rows_that_were_named_most_are_kept(ids: list[int], sets: int) -> No
     real = keys != torch.iinfo(torch.int64).min
     assert sorted(keys[real].tolist()) == sorted(expected)
     assert same(rows[real], rows_at(table, keys[real]))
+    # Those that are kept already need be named but once more.
+    hot.keep(np.array([*expected, *range(_ROWS - 5, _ROWS)]))
+    kept = set(hot._kept.keys.flatten().tolist()) - {torch.iinfo(torch.int64).min}
+    assert expected <= kept <= expected | set(ids)
 
 
 def test_what_is_asked_for_becomes_hot_and_memory_is_bounded() -> None:
@@ -104,7 +110,7 @@ def test_what_is_asked_for_becomes_hot_and_memory_is_bounded() -> None:
 @pytest.mark.parametrize("wrong", [-1, _ROWS, torch.iinfo(torch.int64).min])
 def test_an_id_outside_of_the_table_is_an_error(size: int, wrong: int) -> None:
     hot = HotRows(table_of("fp32", patched=False), size)
-    hot.keep(np.arange(-5, _ROWS + 5))
+    hot.keep(np.arange(-5, _ROWS + 5).repeat(2))
     with pytest.raises((IndexError, RuntimeError)):
         hot.index_select(torch.tensor([1, wrong]))
     assert hot.index_select(torch.zeros(0, dtype=torch.int64)).shape == (0, _DIM)

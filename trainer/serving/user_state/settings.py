@@ -16,7 +16,7 @@ class UserStateSettings(Settings):
     representation: bool = True
     """Keep the rows of the representation too. A request that finds its user's state then looks no behavior
     up in a table; a state takes several times as much memory."""
-    store: AnyStore | None = None
-    """A second level behind this memory, which other processes share. Not set: there is none."""
     least: int = Field(256, ge=1)
     """Behaviors. Users of fewer have no state: making everything again costs less than keeping it."""
+    store: AnyStore | None = None
+    """Where states lie that several processes share; without it, each has those in its own memory."""
