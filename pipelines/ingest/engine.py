@@ -204,7 +204,7 @@ def _sql_of(table: ir.Table, dialect: str) -> str:
 
 @lru_cache(512)
 def _compiled(query: Any, dialect: str) -> str:
-    """Ibis takes tens of milliseconds for a query, and buckets, splits and later ingests ask the same ones."""
+    """Ibis takes tens of milliseconds for a query; buckets, splits and later ingests ask the same ones."""
     return str(ibis.to_sql(query.to_expr(), dialect=dialect, pretty=False))
 
 

@@ -42,6 +42,8 @@ class ResultBody(BaseModel):
         history_used: behaviors that the model could see: older than the request, and at most as many as it
             reads; the newest of those that were sent.
         items: of a body with raw ids, the candidates' `item_id` as they were sent.
+        user_state: with `explain`, what was known of the user: `hit`, `extended`, `miss` or `stale`; None:
+            no state is kept of the user.
         unknown: of a body with raw ids, how many stand for nothing the model was trained on, by place; of
             features whose ids come and go, how many have no row of their own.
     """
@@ -51,6 +53,7 @@ class ResultBody(BaseModel):
     items: list[int | str] | None = None
     unknown: dict[str, int] | None = None
     kept: dict[str, list[KeptBody]] | None = None
+    user_state: str | None = None
     uncertainty: dict[str, SurenessBody] | None = None
 
 

@@ -35,6 +35,8 @@ class Gauges(Collector):
         yield from self._queue()
         yield from self._version()
         yield from self._states()
+        yield from self._shared()
+        yield from self._hot_rows()
         yield from _memory()
 
     def _queue(self) -> Iterator[Metric]:
@@ -80,6 +82,29 @@ class Gauges(Collector):
         yield GaugeMetricFamily("tandemrec_user_state_bytes", text, statistics.bytes)
         text = "States that gave way to others"
         yield CounterMetricFamily("tandemrec_user_states_evicted", text, statistics.evicted)
+
+    def _shared(self) -> Iterator[Metric]:
+        if self._service.shared is None:
+            return
+        found = self._service.shared.statistics()
+        asked = {"look_up": found.look_ups, "write": found.writes}
+        text = "States that were asked of or given to the store that processes share, by outcome"
+        calls = CounterMetricFamily("tandemrec_user_state_store", text, labels=["call", "outcome"])
+        for call, outcomes in asked.items():
+            for outcome, count in outcomes.items():
+                calls.add_metric([call, outcome], count)
+        yield calls
+        text = "Bytes of states that are to be written to the store"
+        yield GaugeMetricFamily("tandemrec_user_state_store_waiting_bytes", text, found.waiting)
+
+    def _hot_rows(self) -> Iterator[Metric]:
+        counts = self._service.versions.hot_counts
+        text = "Rows that were looked up in tables with hot rows since the version is served"
+        looked_up = CounterMetricFamily("tandemrec_hot_rows_looked_up", text, labels=["hot"])
+        looked_up.add_metric(["yes"], counts.hot)
+        looked_up.add_metric(["no"], counts.looked_up - counts.hot)
+        yield looked_up
+        yield GaugeMetricFamily("tandemrec_hot_rows", "Rows that are kept side by side", counts.kept)
 
 
 _IN_FLIGHT = "Bytes held for bodies and answers"

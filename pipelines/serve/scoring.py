@@ -60,8 +60,11 @@ async def _answer(request: Request, service: Service, hold: Hold) -> Response:
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     given = await read_body(request, service.limits, hold, service.load.seconds)
     as_arrow = arrow_body.MEDIA_TYPE in request.headers.get("accept", "")
-    reply = await service.core.score(Call(given, content_type, as_arrow, deadline, hold.resize))
-    service.log.scored(body_bytes=len(given), answer_bytes=len(reply.content), version=reply.version)
+    size, scoring = len(given), service.core.score(Call(given, content_type, as_arrow, deadline, hold.resize))
+    # The core lets go of the body's bytes once it is decoded, so they must have no other name.
+    del given
+    reply = await scoring
+    service.log.scored(body_bytes=size, answer_bytes=len(reply.content), version=reply.version)
     return HeldAnswer(reply.content, hold, reply.media_type)
 
 

@@ -22,6 +22,7 @@ from pipelines.serve.service import Service
 from pipelines.serve.settings import ServeSettings
 from pipelines.serve.traces import Tracer
 from trainer.serving.histories import HistoryStore
+from trainer.serving.user_state.stores import open_second_level
 from trainer.serving.versions import Versions
 
 
@@ -53,11 +54,14 @@ def serve(
     tracer = Tracer(settings.traces) if settings.traces.endpoint else None
     metrics, log = Metrics(tracer), Log(settings.logs)
     store = None if histories is None else HistoryStore(histories, cache=cache)
+    shared = open_second_level(settings.user_states.store)
     versions = Versions(
         *(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary, cache),
         hot_rows=settings.hot_rows.bytes,
+        user_states=settings.user_states,
+        store=shared,
     )
-    service = Service(versions, metrics, settings, log)
+    service = Service(versions, metrics, settings, log, shared)
     notices = Notices(lambda status: metrics.errors.labels(str(status)).inc(), metrics.disconnects.inc)
     config = uvicorn.Config(
         build_app(service),
@@ -77,6 +81,8 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     Server(config, service).run()
+    if shared is not None:
+        shared.close()
     if tracer is not None:
         tracer.close()
 

@@ -17,11 +17,15 @@ from pipelines.serve.updates import Updates
 from trainer.serving.core import CoreSettings, ScoringCore
 from trainer.serving.request import Limits
 from trainer.serving.user_state.cache import Statistics
+from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.versions import Versions
 
 
 class Service:
     """The versions, what scores by them, and what clients may take.
+
+    Attributes:
+        shared: the second level of user states, None where there is none.
 
     Raises:
         ConfigError: the file of a token cannot be read.
@@ -33,7 +37,9 @@ class Service:
         metrics: Metrics,
         settings: ServeSettings | None = None,
         log: Log | None = None,
+        shared: SecondLevel | None = None,
     ) -> None:
+        self.shared = shared
         self.settings = settings or ServeSettings()
         self.versions, self.metrics, self.log = versions, metrics, log or Log(self.settings.logs)
         self.load = self.settings.load()
@@ -63,7 +69,7 @@ class Service:
 
     def state_statistics(self) -> Statistics | None:
         """Of what is kept of users between their requests; None where nothing is."""
-        states = getattr(self.versions.scorer, "states", None)
+        states = self.versions.scorer.states
         return None if states is None else states.cache.statistics()
 
     def traced(self, name: str, headers: Mapping[str, str]) -> AbstractContextManager[None]:
@@ -73,9 +79,13 @@ class Service:
 
     def problem(self) -> str | None:
         """Why no requests should be sent here; None where all is well."""
-        if any(task.done() for task in self.tasks):
+        if not self.live():
             return "the server's own work has ended; start it anew"
         return "; ".join(self.core.state.problems) or None
+
+    def live(self) -> bool:
+        """Whether the server's own work goes on; else only a new process helps."""
+        return self.core.state.live and not any(task.done() for task in self.tasks)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -10,13 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from pipelines.serve.load import LoadLimits
 from trainer.config.mistakes import NAME
 from trainer.config.toml import Settings, load_settings
 from trainer.serving.request import Limits
 from trainer.serving.scheduler import BatchSettings
+from trainer.serving.user_state.settings import UserStateSettings
 
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -33,7 +41,7 @@ class HttpSettings(Settings):
     """Connections that may be open at once. One more is answered 503."""
     client_seconds: Annotated[float, Field(ge=0.1)] = 30.0
     """Seconds that a client has to send the head of a request, then its body (408 each), and then to read the
-    answer (the connection is closed)."""
+    answer (the connection is closed). Over gRPC, to open a connection."""
 
 
 class GrpcSettings(Settings):
@@ -198,6 +206,7 @@ class ServeSettings(Settings):
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
     hot_rows: HotRowSettings = HotRowSettings()
+    user_states: UserStateSettings = UserStateSettings()
     updates: UpdateSettings = UpdateSettings()
     access: AccessSettings = AccessSettings()
     logs: LogSettings = LogSettings()

@@ -70,9 +70,11 @@ def add_state(app: FastAPI, service: Service) -> None:
         """State; a server without a checked snapshot does not listen."""
         return _health(service)
 
-    @app.get("/livez", response_model=LiveBody)
+    @app.get("/livez", response_model=LiveBody, responses=errors_of(503))
     async def livez() -> LiveBody:
-        """Whether the process works; it says nothing of scoring."""
+        """Whether the process works: 503 where only a new one helps."""
+        if not service.live():
+            raise RequestError(503, service.problem() or "")
         return LiveBody(status="live")
 
     @app.get("/readyz", response_model=ReadyBody, responses=errors_of(503))

@@ -233,9 +233,14 @@ def service_of(
     monkeypatch.setattr(versions_module, "resolve", lambda path: snapshot.path)
     metrics = Metrics()
     store = None if log is None else HistoryStore(log)
-    versions = Versions(snapshot.path, store, lambda outcome: metrics.reloads.labels(outcome).inc())
     words = [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
     chosen = load_serve_settings(None, [f"updates.poll_seconds={poll}", *words])
+    versions = Versions(
+        snapshot.path,
+        store,
+        lambda outcome: metrics.reloads.labels(outcome).inc(),
+        user_states=chosen.user_states,
+    )
     service = Service(versions, metrics, chosen)
     service.reload_token = OneToken()
     return service

@@ -21,12 +21,12 @@ import torch
 from trainer.serving import arrow_body
 from trainer.serving.body import Body, decode, encode, held_bytes
 from trainer.serving.call import JSON, Call, Reply
-from trainer.serving.cost import PAIRS_OF_CANDIDATE, cost_of, work_of
+from trainer.serving.cost import sizes_of, work_of
 from trainer.serving.model_calls import Outcome, Portion, score_portions
 from trainer.serving.observer import Follow, ModelCall, Observer, PartTimes
 from trainer.serving.pace import Pace
 from trainer.serving.request import Limits, RequestError
-from trainer.serving.scheduler import BatchSettings, BodyPart, Scheduler, Size, Work
+from trainer.serving.scheduler import BatchSettings, BodyPart, Scheduler, Work
 from trainer.serving.scorer import Answer, Scorer, Seconds
 from trainer.serving.soundness import UnsoundError
 from trainer.serving.versions import Versions
@@ -193,21 +193,18 @@ class ScoringCore:
         """
         arrived = self.clock()
         async with self._in_time(self._deadline(call.deadline, arrived)) as deadline:
-            scorer, histories, limits = self.versions.scorer, self.versions.histories, self.settings.limits
-            given = (call.content, call.content_type, scorer, histories, limits)
-            # A stored history may have to be read from a disk.
-            short = len(call.content) <= self.settings.batching.inline and histories is None
-            body = decode(*given) if short else await self.in_thread(decode, *given)
+            as_arrow, hold = call.as_arrow, call.hold
+            body = await self._decoded(call)
+            # What came is let go of: a body may wait for long.
+            del call
             self.observe.decoded(self.clock() - arrived)
-            answers = await self._answers(body, deadline, call.hold)
-            short = sum(request.count for request in body.requests) <= _FEW_CANDIDATES
-            written = (answers, body, call.as_arrow)
-            content = encode(*written) if short else await self.in_thread(encode, *written)
-            if call.hold is not None:
-                call.hold(len(content))
+            answers = await self._answers(body, deadline, hold)
+            content = await self._encoded(answers, body, as_arrow)
+            if hold is not None:
+                hold(len(content))
         unknown = sum(sum(answer.unknown.values()) for answer in answers)
         self.observe.answered(self.clock() - arrived, unknown)
-        return Reply(content, arrow_body.MEDIA_TYPE if call.as_arrow else JSON, scorer.version)
+        return Reply(content, arrow_body.MEDIA_TYPE if as_arrow else JSON, body.scorer.version)
 
     async def answers(
         self, body: Body, deadline: float | None = None, hold: Callable[[int], None] | None = None
@@ -226,6 +223,19 @@ class ScoringCore:
         unknown = sum(sum(answer.unknown.values()) for answer in answers)
         self.observe.answered(self.clock() - arrived, unknown)
         return answers
+
+    async def _decoded(self, call: Call) -> Body:
+        scorer, histories, settings = self.versions.scorer, self.versions.histories, self.settings
+        given = (call.content, call.content_type, scorer, histories, settings.limits)
+        # A stored history may have to be read from a disk.
+        if len(call.content) <= settings.batching.inline and histories is None:
+            return decode(*given)
+        return await self.in_thread(decode, *given)
+
+    async def _encoded(self, answers: Sequence[Answer], body: Body, as_arrow: bool) -> bytes:
+        if sum(request.count for request in body.requests) <= _FEW_CANDIDATES:
+            return encode(answers, body, as_arrow)
+        return await self.in_thread(encode, answers, body, as_arrow)
 
     def _deadline(self, asked: float | None, now: float) -> float:
         if asked is not None:
@@ -290,17 +300,8 @@ class ScoringCore:
             self._scheduler.remove(job)
 
     def _job(self, body: Body, deadline: float) -> _Job:
-        needs, limit = body.scorer.needs, self.settings.limits.cost
-        sizes = [
-            Size(1, int(request.history.time.size), request.count, cost_of(request, needs))
-            for request in body.requests
-        ]
-        cost = sum(size.cost for size in sizes)
-        if cost > limit:
-            pairs = f"candidates x (behaviors that the model reads + {PAIRS_OF_CANDIDATE:,})"
-            problem = f"the body costs {cost:,} pairs ({pairs}), the server takes {limit:,} (limits.cost)"
-            raise RequestError(413, f"{problem}; send fewer requests at once")
-        waiting = _Waiting(body, asyncio.get_running_loop().create_future(), self.observe.follow())
+        sizes = sizes_of(body.requests, body.scorer.needs, self.settings.limits)
+        waiting = _Waiting(body, asyncio.get_running_loop().create_future())
         kind = (id(body.scorer), body.explain)
         return Work(waiting, kind, sizes, self.settings.batching, self.clock(), deadline)
 

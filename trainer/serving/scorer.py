@@ -36,6 +36,7 @@ from trainer.serving.checks import visible_behaviors
 from trainer.serving.exploration import Exploration, Sureness, sureness
 from trainer.serving.request import Needs, Request
 from trainer.serving.user_state.maker import StateMaker
+from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.window_search import per_window
 from trainer.snapshot import Snapshot
@@ -69,6 +70,7 @@ class Answer:
         history_used: behaviors that the model could see.
         unknown: place -> raw values there that stand for no id.
         sureness: how sure the model is; None unless asked for.
+        user_state: what was known of the user before; empty where no states are kept, or none of this user.
     """
 
     probabilities: Floats
@@ -76,6 +78,7 @@ class Answer:
     history_used: int = 0
     unknown: Mapping[str, int] = field(default_factory=dict)
     sureness: Sureness | None = None
+    user_state: str = ""
 
 
 class Seconds(NamedTuple):
@@ -93,6 +96,7 @@ class Scorer:
         chunk: behaviors of a chunk of clusters, for a model that searches clusters; 0 = not known.
         clock: seconds; of the wall, unless a measurement wants those of the processor.
         user_states: what is kept of users between their requests; None, or 0 bytes: nothing.
+        store: what other processes share of it.
 
     Raises:
         ConfigError: the model searches clusters, and their chunk is not known.
@@ -104,6 +108,7 @@ class Scorer:
         chunk: int = 0,
         clock: Callable[[], float] = time.perf_counter,
         user_states: UserStateSettings | None = None,
+        store: SecondLevel | None = None,
     ) -> None:
         self.snapshot, self.needs, self.clock = snapshot, Needs.of(snapshot), clock
         manifest = snapshot.manifest
@@ -126,7 +131,7 @@ class Scorer:
         self.vocabularies: Mapping[str, KnownValues] = {}
         self.states: StateMaker | None = None
         if user_states is not None and user_states.bytes:
-            self.states = StateMaker(snapshot, self.needs, user_states, _digest_of(snapshot))
+            self.states = StateMaker(snapshot, self.needs, user_states, _digest_of(snapshot), store)
         self._searched = 0.0
         self.branches: dict[str, Branch] = {}
         for name, branch in snapshot.model.branches.items():
@@ -185,7 +190,10 @@ class Scorer:
             if explain and each.weight_CHK is not None
         }
         answers, begin, probabilities = [], 0, scores.numpy()
-        for request, asked in zip(requests, explore or [None] * len(requests), strict=True):
+        outcomes = {} if self.states is None else self.states.outcomes
+        for place, (request, asked) in enumerate(
+            zip(requests, explore or [None] * len(requests), strict=True)
+        ):
             own = slice(begin, begin + request.count)
             answers.append(
                 Answer(
@@ -194,6 +202,7 @@ class Scorer:
                     visible_behaviors(request, self.needs),
                     request.unknown,
                     None if judged is None or asked is None else sureness(judged, own, request, asked),
+                    outcomes.get(place, ""),
                 )
             )
             begin = own.stop

@@ -17,6 +17,8 @@ from trainer.log.known_values import drop_unused
 from trainer.serving.histories import HistoryStore
 from trainer.serving.latest import Look, Outcome, Sealed, compare
 from trainer.serving.scorer import Scorer
+from trainer.serving.user_state.second_level import SecondLevel
+from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.vocabulary import vocabularies_of
 from trainer.snapshot import exported_at, load_fetched, resolve, shown
 
@@ -33,6 +35,8 @@ class Versions:
         cache: where versions of a snapshot in an object store are fetched to, and vocabularies kept that are
             too large for memory; None: the user's caches.
         hot_rows: bytes for rows that are asked for most, see `embeddings.lookup.hot_rows`; 0 = none are kept.
+        user_states: what scorers keep of users between their requests; a new version begins without any.
+        store: what other processes share of it.
         reloaded: told "switched", "unchanged", "refused" or "failed" after every attempt.
 
     Attributes:
@@ -59,7 +63,10 @@ class Versions:
         vocabulary: Path | None = None,
         cache: Path | None = None,
         hot_rows: int = 0,
+        user_states: UserStateSettings | None = None,
+        store: SecondLevel | None = None,
     ) -> None:
+        self._user_states, self._store = user_states, store
         self._cache, self._hot_bytes = cache, hot_rows
         self._hot_rows: dict[str, HotRows] = {}
         self.root, self.histories, self._reloaded = root, histories, reloaded
@@ -165,7 +172,8 @@ class Versions:
         if self.histories is not None:
             known = self.histories.manifest
             snapshot.check_vocabularies({**known.features, **known.context}, self.histories.log)
-        scorer = Scorer(snapshot, self.histories.chunk if self.histories else 0)
+        chunk = self.histories.chunk if self.histories else 0
+        scorer = Scorer(snapshot, chunk, user_states=self._user_states, store=self._store)
         scorer.vocabularies = vocabularies_of(snapshot, self._vocabulary, self._cache)
         users = self.histories.users if self.histories is not None else None
         drop_unused(each.folder for each in (*scorer.vocabularies.values(), users) if each is not None)

@@ -60,6 +60,7 @@ class GrpcServer:
             ("grpc.max_send_message_length", -1),
             ("grpc.max_allowed_incoming_connections", own.connections),
             ("grpc.max_connection_idle_ms", int(1000 * own.idle_seconds)),
+            ("grpc.server_handshake_timeout_ms", int(1000 * settings.http.client_seconds)),
             ("grpc.so_reuseport", 0),
         ]
         self._server = grpc.aio.server(options=options, maximum_concurrent_rpcs=own.calls)
@@ -122,7 +123,7 @@ class GrpcServer:
         return answer
 
     async def _live(self, request: Any, context: Context) -> Any:
-        return pb.ServerLiveResponse(live=True)
+        return pb.ServerLiveResponse(live=self._service.live())
 
     async def _ready(self, request: Any, context: Context) -> Any:
         return pb.ServerReadyResponse(ready=self._inference.ready())

@@ -129,9 +129,11 @@ def add_inference(app: FastAPI, service: Service) -> None:
         """The server."""
         return ServerBody(name=PLATFORM, version=installed("tandemrec") or "", extensions=[])
 
-    @app.get("/v2/health/live", response_model=AliveBody)
+    @app.get("/v2/health/live", response_model=AliveBody, responses=errors_of(503))
     async def live() -> AliveBody:
         """Whether the process works."""
+        if not service.live():
+            raise RequestError(503, service.problem() or "")
         return AliveBody(live=True)
 
     @app.get("/v2/health/ready", response_model=AbleBody, responses=errors_of(503))

@@ -184,8 +184,9 @@ def test_traces_without_their_packages_are_one_clear_error(monkeypatch: Patch) -
 
 def test_numbers_for_prometheus(snapshot: Snapshot, monkeypatch: Patch, body: Body) -> None:
     async def run() -> None:
-        async with serving(service_of(snapshot, monkeypatch)) as client:
-            await client.score(body)
+        async with serving(service_of(snapshot, monkeypatch, user_states__least=1)) as client:
+            for _ in range(2):
+                await client.score(body)
             text = (await client.http.get("/metrics")).text
             for name in (
                 *("queue_bodies", "queue_parts", "queue_cost", "connections", "ready", "mapped_bytes"),
@@ -194,6 +195,13 @@ def test_numbers_for_prometheus(snapshot: Snapshot, monkeypatch: Patch, body: Bo
             ):
                 assert f"\ntandemrec_{name} " in text, name
             assert await client.metric('tandemrec_resident_bytes{kind="private"}') > 1e7
+            for outcome in ("miss", "hit"):
+                assert await client.metric(f'tandemrec_user_states_total{{outcome="{outcome}"}}') == 1
+            health = (await client.http.get("/healthz")).json()
+            states = health["user_states"]
+            assert states["outcomes"]["hit"] == states["entries"] == 1
+            assert await client.metric("tandemrec_user_state_bytes") == states["bytes"] > 0
+            assert health["limits"]["json_body"] == 8 << 20 and health["limits"]["cost"] > 0
             assert await client.metric("tandemrec_queue_bodies") == 0
             assert await client.metric("tandemrec_ready") == 1
 
@@ -239,6 +247,9 @@ def test_settings_are_keys(tmp_path: Path) -> None:
     assert found.batching.settings().window == 0.002 and found.load().in_flight == 5000
     defaults = ServeSettings()
     assert defaults.grpc.port is None and defaults.batching.settings().deadline == 30
+    file.write_text('[data]\nlog = "x"\n')
+    with pytest.raises(ConfigError, match=r"serve.toml: this is a config of `train`; `serve` wants one with"):
+        load_serve_settings(file)
     for override, problem in (
         ("limits.bodies=1", "unknown key 'limits.bodies'; did you mean 'limits.body'"),
         ("limits.in_flight=1", "in_flight = 1 is less than one body"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -310,6 +311,24 @@ def test_bodies_are_decoded_scored_and_encoded(inline: int) -> None:
         # Ids of candidates; of behaviors an id and a time; the probabilities.
         assert told == [2 * (1_500 * 8 + 16 + 1_500 * 4), len(reply.content)]
         await held.core.drained()
+
+    during(test, inline=inline)
+
+
+@pytest.mark.parametrize("inline", [0, 1 << 20])
+def test_the_bytes_of_a_body_are_let_go_of_before_it_waits(inline: int) -> None:
+    class Bytes(bytearray):
+        """Unlike its base, something that a weak reference may name."""
+
+    async def test(held: Held) -> None:
+        given = Bytes(content(1))
+        there = weakref.ref(given)
+        asked = asyncio.create_task(held.core.score(Call(memoryview(given))))
+        del given
+        await held.until_calls(1)
+        assert there() is None
+        held.scorer.open()
+        await asked
 
     during(test, inline=inline)
 

@@ -343,7 +343,8 @@ def test_newer_versions_are_looked_for_whatever_is_raised(
             await until(client, True)
             client.service.tasks[0].cancel()
             await asyncio.wait(client.service.tasks[:1])
-            assert (await client.http.get("/readyz")).status_code == 503
+            for path in ("/readyz", "/livez", "/v2/health/live"):
+                assert (await client.http.get(path)).status_code == 503
 
     asyncio.run(run())
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from trainer.serving.user_state.state import UserState
 
@@ -33,9 +35,15 @@ class DamagedState(Exception):
 
 def encode(state: UserState) -> list[bytes]:
     """A state in parts to be written one behind the other. Its tensors are copied at once."""
-    tensors = {name: part.contiguous() for name, part in state.tensors().items()}
+    tensors = {name: _alone(part) for name, part in state.tensors().items()}
     content = save(tensors, {_KEY: state.key.hex()})
     return [MAGIC, hashlib.sha256(content).digest(), content]
+
+
+def _alone(part: Tensor) -> Tensor:
+    """The same in memory that is no other tensor's, as safetensors asks for."""
+    whole = part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes
+    return part if whole else part.clone(memory_format=torch.contiguous_format)
 
 
 def decode(key: bytes, content: bytes) -> UserState:

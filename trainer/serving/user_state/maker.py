@@ -24,6 +24,7 @@ from trainer.model.known import KnownBehaviors
 from trainer.serving.request import Needs, Request
 from trainer.serving.user_state.cache import Outcome, StateCache
 from trainer.serving.user_state.predict import predict
+from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.user_state.state import BLOCK, LINE, Stretch, UserState, block_of
 from trainer.snapshot import Snapshot
@@ -87,17 +88,25 @@ class StateMaker:
     Args:
         snapshot, needs: of the scorer.
         settings: their `bytes` are not 0.
+        store: the second level of the cache.
 
     Attributes:
         cache: the states that are kept.
+        outcomes: of the requests of the newest call, by their places; of those without a state, none.
     """
 
     def __init__(
-        self, snapshot: Snapshot, needs: Needs, settings: UserStateSettings, snapshot_digest: str
+        self,
+        snapshot: Snapshot,
+        needs: Needs,
+        settings: UserStateSettings,
+        snapshot_digest: str,
+        store: SecondLevel | None = None,
     ) -> None:
         self.model, self.needs, self.settings = snapshot.model, needs, settings
         self.plan = Plan.of(snapshot.model, settings.representation)
-        self.cache = StateCache(settings.bytes)
+        self.cache = StateCache(settings.bytes, store)
+        self.outcomes: dict[int, Outcome] = {}
         # A data path that searches, or clusters, leaves other behaviors in every batch.
         data = snapshot.manifest.config.data
         self.off = bool(data.search.levels) or data.clusters or not self.plan.groups
@@ -108,6 +117,7 @@ class StateMaker:
 
     def model_for(self, requests: Sequence[Request]) -> Callable[[RequestBatch], Prediction] | None:
         """What scores the batch of these requests, with rows in the place of ids; None: the model itself."""
+        self.outcomes = {}
         if self.off or max(request.history.time.size for request in requests) < self.settings.least:
             return None
 
@@ -175,6 +185,7 @@ class StateMaker:
             else:
                 outcome, olds[place] = "miss" if old is None else "stale", None
             self.cache.count(outcome)
+            self.outcomes[place] = outcome
         first = {
             place: parts[place].stretch.first if old is None else old.known.last
             for place, old in olds.items()

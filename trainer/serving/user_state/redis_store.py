@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -89,7 +89,7 @@ class RedisStore:
             self._client.set(self._name(key), b"".join(parts), ex=self._settings.ttl_seconds)
 
     def close(self) -> None:
-        with self._plain_errors():
+        with suppress(self._error, OSError):
             self._client.close()
 
     def _name(self, key: bytes) -> str:

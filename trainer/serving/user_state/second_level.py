@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from embeddings.errors import UnavailableError
 from trainer.serving.user_state.codec import DamagedState, ForeignState, decode, encode
 from trainer.serving.user_state.state import UserState
 from trainer.serving.user_state.store import StateStore
@@ -66,29 +65,34 @@ class SecondLevel:
         self._queue: OrderedDict[bytes, UserState] = OrderedDict()
         self._waiting = 0
         self._closed = self._busy = False
+        # Nobody closes the store while it is asked.
+        self._asking = threading.Lock()
         self._changed = threading.Condition()
         self._writer = threading.Thread(target=self._write_all, name="user states", daemon=True)
         self._writer.start()
 
     def get(self, key: bytes) -> UserState | None:
         """The state of a key that some process put there; None where there is none that can be believed."""
-        outcome: LookUp = "rested"
-        state = None
-        if self._awake():
-            try:
-                content = self._store.get(key)
-                state = None if content is None else decode(key, content)
-                outcome = "absent" if state is None else "found"
-            except DamagedState:
-                outcome = "damaged"
-            except ForeignState:
-                outcome = "foreign"
-            except (UnavailableError, OSError) as error:
-                outcome = "failed"
-                self._failed(error)
+        outcome, state = self._look_up(key)
         with self._changed:
             self._look_ups[outcome] += 1
         return state
+
+    def _look_up(self, key: bytes) -> tuple[LookUp, UserState | None]:
+        try:
+            with self._asking:
+                if self._closed or not self._awake():
+                    return "rested", None
+                content = self._store.get(key)
+            return ("absent", None) if content is None else ("found", decode(key, content))
+        except DamagedState:
+            return "damaged", None
+        except ForeignState:
+            return "foreign", None
+        # Whatever a store's library raises, a request is worth more.
+        except Exception as error:
+            self._failed(error)
+            return "failed", None
 
     def put(self, state: UserState) -> None:
         """Have a state written soon; it is dropped where too much waits already."""
@@ -112,7 +116,7 @@ class SecondLevel:
             return StoreStatistics(dict(self._look_ups), dict(self._writes), self._waiting, self._problem)
 
     def close(self, seconds: float = 2.0) -> None:
-        """Write what waits, for some seconds at most, and close the store."""
+        """Write what waits, for some seconds at most, and close the store once nobody uses it."""
         self.flush(seconds)
         with self._changed:
             self._closed = True
@@ -120,7 +124,6 @@ class SecondLevel:
             self._waiting = 0
             self._changed.notify_all()
         self._writer.join(seconds)
-        self._store.close()
 
     def _awake(self) -> bool:
         return self._clock() >= self._asleep_until
@@ -136,7 +139,7 @@ class SecondLevel:
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if self._closed:
-                    return
+                    break
                 _, state = self._queue.popitem(last=False)
                 self._waiting -= state.nbytes
                 self._busy = True
@@ -145,13 +148,15 @@ class SecondLevel:
                 self._writes[outcome] += 1
             # Else its memory stays until the next one is written.
             del state
+        with self._asking:
+            self._store.close()
 
     def _write(self, state: UserState) -> Write:
         if not self._awake():
             return "dropped"
         try:
             self._store.put(state.key, encode(state))
-        except (UnavailableError, OSError) as error:
+        except Exception as error:
             self._failed(error)
             return "failed"
         return "written"

@@ -46,8 +46,10 @@ def state_of(user: int, behaviors: int = 300, snapshot: str = "one") -> UserStat
     known = Stretch(5, np.sort(rng.integers(0, 1 << 33, behaviors)), features)
     places = -(-known.last // BLOCK) * BLOCK
     drawing = torch.Generator().manual_seed(user)
+    together = torch.randn(places, 8, generator=drawing)
     rows = {
-        "key": torch.randn(places, 8, generator=drawing),
+        "key": together[:, :5],
+        "beside": together[:, 5:],
         "code": torch.randint(0, 1 << 30, (places, 2), generator=drawing),
         "half": torch.randn(places, 3, generator=drawing).half(),
     }
@@ -115,8 +117,14 @@ def test_what_has_a_right_digest_may_still_be_no_state() -> None:
             decode(key_of(1), content)
     state = state_of(1)
     parts = state.tensors()
-    for tensors in ({}, {**parts, "rows/key": parts["rows/key"][:-1]}, {**parts, "time": parts["time"][:-1]}):
-        body = save({name: part.contiguous() for name, part in tensors.items()}, {"key": state.key.hex()})
+    for tensors in (
+        {},
+        {**parts, "rows/half": parts["rows/half"][:-1]},
+        {**parts, "time": parts["time"][:-1]},
+    ):
+        body = save(
+            {name: part.clone().contiguous() for name, part in tensors.items()}, {"key": state.key.hex()}
+        )
         with pytest.raises(DamagedState, match="no user's state"):
             decode(state.key, MAGIC + hashlib.sha256(body).digest() + body)
 
