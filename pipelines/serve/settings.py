@@ -207,7 +207,6 @@ class ServeSettings(Settings):
     batching: BatchingSettings = BatchingSettings()
     user_states: UserStateSettings = UserStateSettings()
     hot_rows: HotRowSettings = HotRowSettings()
-    user_states: UserStateSettings = UserStateSettings()
     updates: UpdateSettings = UpdateSettings()
     access: AccessSettings = AccessSettings()
     logs: LogSettings = LogSettings()
