@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from trainer.serving.user_state.shared_memory import SharedMemorySettings
 
 
 def scorer_of(config: Config, level: SecondLevel | None) -> Scorer:
-    return Scorer(snapshot_of(config), user_states=UserStateSettings(least=1), store=level)
+    # What was never exported has no digest; its path stands for it.
+    snapshot = replace(snapshot_of(config), path=Path(f"weights of seed {config.train.seed}"))
+    return Scorer(snapshot, user_states=UserStateSettings(least=1), store=level)
 
 
 def scores(scorer: Scorer, requests: list[Request]) -> list[np.ndarray]:  # type: ignore[type-arg]
