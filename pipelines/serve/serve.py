@@ -77,7 +77,7 @@ def _service(
     tracer = Tracer(settings.traces) if settings.traces.endpoint else None
     if tracer is not None:
         ended.callback(tracer.close)
-    shared = open_second_level(settings.user_states.store)
+    shared = open_second_level(settings.user_states.store) if settings.user_states.bytes else None
     if shared is not None:
         ended.callback(shared.close)
     metrics, log = Metrics(tracer), Log(settings.logs)

@@ -15,9 +15,12 @@ from embeddings.errors import ConfigError, DataError
 from pipelines.score import open_requests
 from pipelines.vectors.options import VectorOptions, groups_of
 from pipelines.vectors.vectors import write_vectors
+from tests.helpers.living import RAW, raw_rows, see, stage_of
 from tests.helpers.logs import Row, Shape, enrich, random_rows, write_log
+from tests.helpers.models import preset
 from tests.helpers.snapshots import exported, save_run
 from trainer.data.batch import RequestBatch
+from trainer.log.encoders.buckets import Buckets
 from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch
 from trainer.snapshot import Snapshot, load_snapshot
@@ -227,6 +230,32 @@ def test_items_that_contradict_themselves_are_counted(tmp_path: Path) -> None:
     assert manifest.counts["conflicts"] >= sum(len(each) > 1 for each in values.values())
     assert manifest.counts["never_candidates"] == len(got.keys() - as_candidates)
     assert {row["item"] for row in found if row["feature_band"] is None} == got.keys() - as_candidates
+
+
+def test_items_with_raw_ids_and_numbers_have_the_keys_of_their_behaviors(tmp_path: Path) -> None:
+    """Ids that come and go, some of them without a row, and a number that an encoder makes ids of."""
+    rows = consistent(raw_rows(4, Shape(users=8, behaviors=30)))
+    for row in rows:
+        row["history_price"] = [item % 7 for item in row["history_item_id"]]
+        row["candidate_price"] = [[i % 7 for i in items] for items in row["candidate_item_id"]]
+    price = FeatureInfo(rows=1, encoder=Buckets(kind="buckets", edges=(2, 5)))
+    log = write_log(tmp_path / "log", {"train": rows, "test": rows[:4]}, more={**TAGS, **RAW, "price": price})
+    ids = ("ids.item_id.capacity=40", "ids.item_id.shared_rows=4")
+    stage = stage_of(preset("dare", log, *ids))
+    see(stage, range(25), 1000)
+    save_run(tmp_path / "run", log, "dare", *ids, ids=stage)
+    root = exported(tmp_path / "run", tmp_path / "snapshot").parent
+    written(root, log, tmp_path / "out")
+    found, vectors = rows_of(tmp_path / "out")
+    place = {row["item"]: n for n, row in enumerate(found)}
+    assert len(place) > 30 and all(row["feature_price"] == row["item"] % 7 for row in found)
+    snapshot = load_snapshot(root)
+    reader, _ = open_requests(snapshot, log, "test")
+    for step in reader.steps():
+        with torch.no_grad():
+            keys = snapshot.model.retrieve(snapshot.with_rows(step.batch))["main"].vectors.key_ND
+        items = step.batch.features["item_id"].values()[: step.batch.behaviors].tolist()
+        assert torch.from_numpy(vectors)[[place[item] for item in items]].equal(keys[: len(items)])
 
 
 def test_what_a_model_has_not_is_refused_with_the_reason(
