@@ -208,6 +208,7 @@ class ServeSettings(Settings):
     inference: InferenceSettings = InferenceSettings()
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
+    user_states: UserStateSettings = UserStateSettings()
     hot_rows: HotRowSettings = HotRowSettings()
     updates: UpdateSettings = UpdateSettings()
     access: AccessSettings = AccessSettings()
