@@ -32,7 +32,7 @@ class TableParts(NamedTuple):
 def parts_of(stored: StoredTable) -> TableParts:
     """A table's parts; the rows of fp32 and fp16 tables are the stored tensor itself, which may be mapped."""
     if not isinstance(stored, Tensor):
-        ids = torch.arange(stored.rows).split(_ROWS)
+        ids = torch.arange(stored.shape[0]).split(_ROWS)
         stored = torch.cat([stored.index_select(some) for some in ids])
     if stored.dtype != torch.uint8:
         return TableParts(stored, None)
