@@ -286,7 +286,7 @@ class ScoringCore:
 
     def _job(self, body: Body, deadline: float) -> _Job:
         sizes = sizes_of(body.requests, body.scorer.needs, self.settings.limits)
-        waiting = _Waiting(body, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(body, asyncio.get_running_loop().create_future(), self.observe.follow())
         kind = (id(body.scorer), body.explain)
         return Work(waiting, kind, sizes, self.settings.batching, self.clock(), deadline)
 
