@@ -131,6 +131,9 @@ class BatchingSettings(Settings):
     deadline_ms: NonNegativeFloat = 1000 * BatchSettings.deadline
     """Milliseconds until a body must be scored whose client names no deadline; then it is answered 504. 0 =
     there is no such deadline."""
+    inline: NonNegativeInt = BatchSettings.inline
+    """Bytes of a body that is decoded at once, where the server has no histories. Longer ones wait for the
+    thread that decodes them, one at a time."""
     threads: PositiveInt = BatchSettings.threads
     """Threads of the model's matrix products."""
 

@@ -123,7 +123,7 @@ class GrpcServer:
             raise
         except Exception as error:
             count(name, grpc.StatusCode.INTERNAL.name).inc()
-            self._service.log.error("internal error", f"a gRPC call of {name} failed", error)
+            self._service.log.failure("internal error", f"a gRPC call of {name} failed", error)
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
         count(name, grpc.StatusCode.OK.name).inc()
         return answer

@@ -25,6 +25,7 @@ BLOCK = 256
 # Places whose rows begin at a multiple of 64 bytes, whatever their type, as memory of their own does: rows
 # then lie alike in every state that has them.
 LINE = 64
+_CACHE_LINE = 64
 # Behaviors that tell users apart where a history is shorter than a block.
 _FIRST = 32
 _TIME, _IDS, _OFFSETS, _ROWS, _PLACE = "time", "ids/", "offsets/", "rows/", "place"
@@ -188,7 +189,8 @@ class UserState:
         for name, ids in _named(tensors, _IDS).items():
             offsets = tensors.get(f"{_OFFSETS}{name}")
             features[name] = Bags(ids.numpy(), None if offsets is None else offsets.numpy())
-        known, rows = Stretch(first, time, features), _named(tensors, _ROWS)
+        known = Stretch(first, time, features)
+        rows = {name: _from_line(part) for name, part in _named(tensors, _ROWS).items()}
         places = {part.shape[0] for part in rows.values()}
         reach = origin + max(places, default=0)
         whole = all(bags.size == time.size for bags in features.values())
@@ -199,6 +201,11 @@ class UserState:
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
+
+
+def _from_line(part: Tensor) -> Tensor:
+    """In memory that begins at a multiple of 64 bytes, as that of a state that was made here does."""
+    return part if part.data_ptr() % _CACHE_LINE == 0 else part.clone()
 
 
 def _cut(bags: Bags, begin: int, end: int) -> Bags:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from trainer.serving.checks import cut_history
 from trainer.serving.request import History, Request
 from trainer.serving.scorer import Scorer
 from trainer.serving.user_state.cache import Outcome, StateCache
+from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.user_state.state import Stretch, UserState
 
@@ -204,6 +205,47 @@ def test_a_short_history_has_no_state(long_scorers: tuple[Scorer, Scorer]) -> No
     alone, beside = scores(long_scorers[1], short, long), scores(scorer, short, long)
     assert max(np.abs(a - b).max() for a, b in zip(alone, beside, strict=True)) <= 1e-6
     assert outcomes(scorer) == {"miss": 1}
+
+
+class _Memory:
+    """A store in this process."""
+
+    def __init__(self) -> None:
+        self.held: dict[bytes, bytes] = {}
+
+    def get(self, key: bytes) -> bytes | None:
+        return self.held.get(key)
+
+    def put(self, key: bytes, parts: Sequence[bytes | memoryview]) -> None:
+        self.held[key] = b"".join(parts)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_state_of_another_process_is_as_good_as_an_own_one(
+    long_scorers: tuple[Scorer, Scorer],
+) -> None:
+    scorer, plain = long_scorers
+    store = SecondLevel(_Memory())
+    mine, theirs = (Scorer(plain.snapshot, user_states=ALL, store=store) for _ in range(2))
+    first = longest(plain)[0]
+    short, long = (
+        replace(first, history=drawn(plain, 0, count), time=1_000, user_id=7) for count in (18, 30)
+    )
+    scores(theirs, short)
+    assert store.flush(10)
+    extended = scores(mine, long)[0]
+    forget(scorer)
+    assert np.array_equal(extended, scores(scorer, long)[0])
+    assert outcomes(mine) == {"extended": 1}
+    # One that has other tensors is none, whoever put it under this key.
+    assert mine.states is not None
+    (found,) = mine.states.cache._states.values()
+    mine.states.cache.put(replace(found, rows={"group/other": found.rows["branch/main/key"]}))
+    assert np.array_equal(extended, scores(mine, long)[0])
+    assert outcomes(mine) == {"extended": 1, "miss": 1}
+    store.close()
 
 
 def state(user: int, behaviors: int = 8, width: int = 4) -> UserState:
