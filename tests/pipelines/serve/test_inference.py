@@ -312,6 +312,27 @@ def test_a_message_that_never_comes_ends_its_call(snapshot: Snapshot, monkeypatc
     asyncio.run(run())
 
 
+def test_a_call_under_way_is_answered_when_the_server_ends(
+    snapshot: Snapshot, monkeypatch: Patch, asked: list[Body]
+) -> None:
+    async def run() -> None:
+        service = service_of(snapshot, monkeypatch, grpc__port=0, batching__window_ms=300)
+        async with serving(service):
+            server = GrpcServer(service)
+            await server.start()
+            async with InferenceServerClient(f"127.0.0.1:{server.port}") as remote:
+                call = asyncio.ensure_future(remote.infer("tandemrec", inputs(asked[0])))
+                async with asyncio.timeout(20):
+                    while not service.core.queue.parts:
+                        await asyncio.sleep(0.005)
+                await server.stop(20)
+                assert (await call).as_numpy("score_click").size == len(asked[0]["candidates"]["item_id"])
+                with pytest.raises(InferenceServerException):
+                    await remote.is_server_live(client_timeout=1)
+
+    asyncio.run(run())
+
+
 def test_the_generated_messages_are_fresh_and_those_of_the_protocol(tmp_path: Path) -> None:
     """They are what protoc makes of the .proto, and every field has the number and type of Triton's."""
     proto = "pipelines/serve/oip/inference.proto"
