@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pipelines.serve.load import LoadLimits
 
@@ -187,38 +186,61 @@ class Bounded(asyncio.Protocol):
         self.transport.close()
 
 
-class _WholeParts(h11.Connection):
-    """Refuses bodies in crumbs, and heads that are too long."""
+class BoundedHttptools(Bounded, HttpToolsProtocol):
+    """One connection, read by httptools, which takes a quarter of the time of h11.
 
-    def __init__(self) -> None:
-        super().__init__(h11.SERVER, _LONGEST_HEAD)
-        self._crumbs = Crumbs()
-
-    def next_event(self) -> Any:
-        """Raises h11.RemoteProtocolError too for a body in chunks of a few bytes."""
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            self._crumbs = Crumbs()
-        elif isinstance(event, h11.Data) and self._crumbs.add(len(event.data)):
-            raise h11.RemoteProtocolError("a body in chunks of a few bytes")
-        return event
-
-
-class BoundedH11(Bounded, H11Protocol):
-    """One connection, read by h11."""
+    httptools keeps a head for as long as it comes, so its bytes are counted here.
+    """
 
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
-        self.conn = _WholeParts()
+        self._crumbs = Crumbs()
+        self._in_body = False
+        self._head_bytes = 0
 
     def between_requests(self) -> bool:
-        return self.conn.their_state is h11.IDLE
+        return not self._in_body
+
+    def data_received(self, data: bytes) -> None:
+        """A head that is too long is refused before it has come whole."""
+        if not self._in_body:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if not self._in_body and self._head_bytes > _LONGEST_HEAD:
+            self.refuse(400, f"the head of the request is longer than {_LONGEST_HEAD:,} bytes")
+
+    def on_headers_complete(self) -> None:
+        """The head has come whole; what follows in the same bytes is no part of it."""
+        self._in_body, self._head_bytes, self._crumbs = True, 0, Crumbs()
+        if not self._turned_away:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of a body; after many of a few bytes the connection is closed."""
+        if self._turned_away:
+            return
+        if self._crumbs.add(len(body)):
+            self.send_400_response("a body in chunks of a few bytes")
+            return
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        if not self._turned_away:
+            super().on_message_complete()
+
+    def refuse(self, status: int, problem: str) -> None:
+        """Not in the middle of answers to requests that were sent before, without waiting for theirs."""
+        if self.pipeline:
+            self.transport.abort()
+            return
+        super().refuse(status, problem)
 
 
 def protocol(limits: LoadLimits, notices: Notices) -> type[asyncio.Protocol]:
     """The class that uvicorn makes connections of."""
     members: dict[str, Any] = {"limits": limits, "notices": notices}
-    return cast("type[asyncio.Protocol]", type("BoundedByLimits", (BoundedH11,), members))
+    return cast("type[asyncio.Protocol]", type("BoundedByLimits", (BoundedHttptools,), members))
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:

@@ -41,7 +41,7 @@ class Log:
         with suppress(Exception):
             print(self._line(event, " ".join(message.split()), fields), flush=True)
 
-    def error(self, event: str, message: str, error: BaseException | None = None) -> None:
+    def failure(self, event: str, message: str, error: BaseException | None = None) -> None:
         """One line on standard error, and in text the traceback below it."""
         with suppress(Exception):
             shown = "" if error is None else "".join(traceback.format_exception(error)).rstrip()
@@ -74,4 +74,4 @@ class LibraryErrors(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        self._log.error("internal error", record.getMessage().strip(), error)
+        self._log.failure("internal error", record.getMessage().strip(), error)

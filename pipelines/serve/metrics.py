@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from pipelines.serve.logs import Log
 from pipelines.serve.traces import Tracer
 from trainer.serving.observer import Follow, Loss, ModelCall, Observer
 from trainer.serving.scorer import Scorer
@@ -26,6 +27,8 @@ class Metrics(Observer):
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self.tracer = tracer
+        # Set by the service.
+        self.log: Log | None = None
         self._registry = CollectorRegistry()
         counter = partial(Counter, registry=self._registry)
         gauge = partial(Gauge, registry=self._registry)
@@ -78,6 +81,11 @@ class Metrics(Observer):
     def answered(self, seconds: float, unknown: int) -> None:
         self.latency.observe(seconds)
         self.unknown.inc(unknown)
+
+    def unsound(self, version: str, where: str) -> None:
+        if self.log is not None:
+            problem = f"not ready: the version {version} answers with what is no number: {where}"
+            self.log.say("unsound", problem, version=version)
 
     def lost(self, why: Loss) -> None:
         self.losses.labels(why).inc()

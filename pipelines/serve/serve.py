@@ -6,6 +6,7 @@ import gc
 import logging
 import signal
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -46,24 +47,55 @@ def serve(
         SnapshotError, DataError, ConfigError: it cannot be served; see `trainer.serving.versions`.
     """
     quiet_third_parties()
-    http = settings.http
+    http, grpc = settings.http, settings.grpc
     check_address(http.host, http.port, "http.port")
-    if settings.grpc.port is not None:
-        check_address(http.host, settings.grpc.port, "grpc.port")
+    if grpc.port is not None:
+        check_address(http.host, grpc.port, "grpc.port")
     torch.set_num_threads(settings.batching.threads)
+    with ExitStack() as ended:
+        service = _service(snapshot, settings, ended, histories, vocabulary, cache)
+        config = _config(service)
+        # All objects of now stay alive, so the collector need not walk them while a body becomes a million
+        # lists.
+        gc.collect()
+        gc.freeze()
+        # uvicorn raises the signal that stopped it once more when it is done: here that is no error.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        Server(config, service).run()
+
+
+def _service(
+    snapshot: Path,
+    settings: ServeSettings,
+    ended: ExitStack,
+    histories: Path | None,
+    vocabulary: Path | None,
+    cache: Path | None,
+) -> Service:
+    """All that the server holds; what must be closed goes on the stack."""
     tracer = Tracer(settings.traces) if settings.traces.endpoint else None
+    if tracer is not None:
+        ended.callback(tracer.close)
+    shared = open_second_level(settings.user_states.store) if settings.user_states.bytes else None
+    if shared is not None:
+        ended.callback(shared.close)
     metrics, log = Metrics(tracer), Log(settings.logs)
     store = None if histories is None else HistoryStore(histories, cache=cache)
-    shared = open_second_level(settings.user_states.store)
     versions = Versions(
         *(snapshot, store, lambda outcome: metrics.reloads.labels(outcome).inc(), vocabulary, cache),
         hot_rows=settings.hot_rows.bytes,
         user_states=settings.user_states,
         store=shared,
     )
-    service = Service(versions, metrics, settings, log, shared)
+    return Service(versions, metrics, settings, log, shared)
+
+
+def _config(service: Service) -> uvicorn.Config:
+    http, metrics = service.settings.http, service.metrics
     notices = Notices(lambda status: metrics.errors.labels(str(status)).inc(), metrics.disconnects.inc)
-    config = uvicorn.Config(
+    _hear_libraries(service.log)
+    return uvicorn.Config(
         build_app(service),
         host=http.host,
         port=http.port,
@@ -73,18 +105,6 @@ def serve(
         access_log=False,
         log_config=None,
     )
-    _hear_libraries(log)
-    # All objects of now stay alive, so the collector need not walk them while a body becomes a million lists.
-    gc.collect()
-    gc.freeze()
-    # uvicorn raises the signal that stopped it once more when it is done: here that is no error.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    Server(config, service).run()
-    if shared is not None:
-        shared.close()
-    if tracer is not None:
-        tracer.close()
 
 
 def _hear_libraries(log: Log) -> None:

@@ -42,6 +42,7 @@ class Service:
         self.shared = shared
         self.settings = settings or ServeSettings()
         self.versions, self.metrics, self.log = versions, metrics, log or Log(self.settings.logs)
+        metrics.log = self.log
         self.load = self.settings.load()
         self.started = time.monotonic()
         self.tasks: list[asyncio.Task[None]] = []

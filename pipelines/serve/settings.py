@@ -41,7 +41,7 @@ class HttpSettings(Settings):
     """Connections that may be open at once. One more is answered 503."""
     client_seconds: Annotated[float, Field(ge=0.1)] = 30.0
     """Seconds that a client has to send the head of a request, then its body (408 each), and then to read the
-    answer (the connection is closed). Over gRPC, to open a connection."""
+    answer (the connection is closed). Over gRPC, to open a connection, and then for the message of a call."""
 
 
 class GrpcSettings(Settings):
@@ -131,6 +131,9 @@ class BatchingSettings(Settings):
     deadline_ms: NonNegativeFloat = 1000 * BatchSettings.deadline
     """Milliseconds until a body must be scored whose client names no deadline; then it is answered 504. 0 =
     there is no such deadline."""
+    inline: NonNegativeInt = BatchSettings.inline
+    """Bytes of a body that is decoded at once, where the server has no histories. Longer ones wait for the
+    thread that decodes them, one at a time."""
     threads: PositiveInt = BatchSettings.threads
     """Threads of the model's matrix products."""
 
@@ -205,8 +208,8 @@ class ServeSettings(Settings):
     inference: InferenceSettings = InferenceSettings()
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
-    hot_rows: HotRowSettings = HotRowSettings()
     user_states: UserStateSettings = UserStateSettings()
+    hot_rows: HotRowSettings = HotRowSettings()
     updates: UpdateSettings = UpdateSettings()
     access: AccessSettings = AccessSettings()
     logs: LogSettings = LogSettings()

@@ -419,7 +419,10 @@ def test_torchrun_takes_no_option_of_ours_for_its_own() -> None:
                 parser.parse_args(["-m", "launch.cli", *words])
             except SystemExit:
                 ambiguous.append(f"{verb} {option}")
-    assert ambiguous == ["evaluate --run", "export --run", "unshard --run", "cluster --log", "windows --log"]
+    assert ambiguous == [
+        *("evaluate --run", "export --run", "export --log", "unshard --run", "cluster --log", "windows --log"),
+        "vectors --log",
+    ]
 
 
 def test_one_environment_holds_one_set_and_a_gpu_takes_one_rank(tmp_path: Path) -> None:

@@ -47,7 +47,13 @@ def converted(graph: torch.export.ExportedProgram, inputs: Sequence[str], output
     """An exported program in ONNX's operators."""
     with _quiet():
         program = torch.onnx.export(
-            graph, (), dynamo=True, input_names=inputs, output_names=outputs, optimize=True, verbose=False
+            graph,
+            (),
+            dynamo=True,
+            input_names=inputs,
+            output_names=outputs,
+            optimize=True,
+            verbose=False,
         )
     assert program is not None
     return program.model
@@ -119,7 +125,7 @@ def shared(file: Path, to: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that it does without, and on its own parts that will change."""
+    """Without the exporter's remarks on packages that it lacks, and on its own parts that will change."""
     log = logging.getLogger("torch.onnx")
     before = log.level
     log.setLevel(logging.ERROR)

@@ -52,7 +52,7 @@ def page(manifest: PortableManifest, signature: Signature) -> str:
         [
             "# A two-stage recommendation model",
             "",
-            f"`{manifest.model}` is the whole scorer, search included: ids of requests -> probabilities. {how}",
+            f"`{manifest.model}` is the whole scorer, search included: ids in, probabilities out. {how}",
             "",
             code,
             "",
@@ -64,7 +64,7 @@ def page(manifest: PortableManifest, signature: Signature) -> str:
             "|---|---|---|---|---|---|",
             *map(_row, (*signature.inputs, *signature.outputs)),
             "",
-            "Axes of one name have one size, another one in every call if you like. All inputs must be given.",
+            "Axes of one name have one size, which may change from call to call. All inputs must be given.",
             "Values are not checked: an id outside of a table is an error, or reads another row.",
             *(["", "Made outside of the model:", "", *outside] if outside else []),
             "",

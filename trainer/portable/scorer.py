@@ -15,6 +15,7 @@ from trainer.data.batch import RequestBatch
 from trainer.model.frame import Pooled, Retrievals, TwoStageModel
 from trainer.model.heads.head import HeadOutput
 from trainer.model.windows import Windows, windows_of
+from trainer.portable.double import doubled, in_double
 from trainer.portable.padded import NO_ID, Clustered, PaddedBags, PaddedRequests, Retrieved, widened
 from trainer.portable.tables import PortableTables
 
@@ -63,7 +64,8 @@ class PortableScorer(nn.Module):
         names: Sequence[str],
     ) -> None:
         super().__init__()
-        self.branches, self.pooling, self.head = model.branches, model.pooling, model.head
+        self.branches, self.pooling = model.branches, model.pooling
+        self.head = in_double(model.head)
         self.products, self.looked_up = model.products, [*model.first, *model.late]
         self.of_requests = list(model.of_requests)
         self.tables, self.columns, self.names = PortableTables(groups, tables), columns, list(names)
@@ -86,13 +88,13 @@ class PortableScorer(nn.Module):
             retrievals[name] = branch.retrieve(batch, first, windows[looks_at])
         found = Retrievals(self.branches, retrievals, None, None, None)
         pooled: Pooled = self.pooling(batch, found, first, {})
-        output: HeadOutput = self.head(pooled.given[0])
+        output: HeadOutput = self.head(doubled(pooled.given[0]))
         if self.products is not None:
             output = self.products(output)
         candidates = given["candidate_length"]
         place = torch.arange(self._candidates(given))
         probability = output.logits.sigmoid().unflatten(0, (candidates.shape[0], place.shape[0]))
-        return torch.where((place < candidates[:, None])[:, :, None], probability, 0.0)
+        return torch.where((place < candidates[:, None])[:, :, None], probability.float(), 0.0)
 
     def _candidates(self, given: Mapping[str, Tensor]) -> int:
         """C."""

@@ -78,6 +78,6 @@ class TritonPythonModel:
         parts = [part.reshape(part.shape[:dims]) if dims else part.reshape(()) for part in parts]
         shape = [max(1, *(part.shape[axis] for part in parts)) for axis in range(dims)]
         whole = np.full((len(parts), *shape), padding, dtype=_TYPES[each["dtype"]])
-        for row, part in zip(whole, parts, strict=True):
-            row[tuple(slice(size) for size in part.shape)] = part
+        for row, part in enumerate(parts):
+            whole[(row, *(slice(size) for size in part.shape))] = part
         return whole

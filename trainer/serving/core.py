@@ -117,9 +117,8 @@ class ScoringCore:
         self.clock = time.monotonic
         self._scheduler: Scheduler[_Waiting] = Scheduler(self.settings.batching)
         self._pace = Pace()
-        self._arrived, self._idle = asyncio.Event(), asyncio.Event()
-        self._idle.set()
-        self._ended = self._draining = self._closed = False
+        self._arrived = asyncio.Event()
+        self._ended = self._draining = False
         # The scorer whose answers were found to be no numbers.
         self._unsound: Callable[[], Scorer | None] = lambda: None
         self._unsound_problem = ""
@@ -171,14 +170,6 @@ class ScoringCore:
     def begin_drain(self) -> None:
         """Not ready from now on. Bodies are still taken: those who send them learn of it later."""
         self._draining = True
-
-    def close(self) -> None:
-        """No body is taken from now on; those that were taken are answered."""
-        self._draining = self._closed = True
-
-    async def drained(self) -> None:
-        """Return once every body that was taken is answered."""
-        await self._idle.wait()
 
     async def in_thread(self, work: Callable[..., Result], *given: Any) -> Result:
         """The result of work that may take long, done in the thread that decodes bodies."""
@@ -248,14 +239,13 @@ class ScoringCore:
         """Takes a body: ends what is inside with 504 at the deadline, and counts who leaves before.
 
         Raises:
-            RequestError: 429, 503 where no body is taken now, 504.
+            RequestError: 429 where too many wait, 504.
         """
         self._check_room()
         if deadline <= self.clock():
             self.observe.lost("expired")
             raise RequestError(504, "its deadline had passed when it came")
         self._taken += 1
-        self._idle.clear()
         left = None if math.isinf(deadline) else max(deadline - self.clock(), 0.0)
         limit = asyncio.timeout(left)
         try:
@@ -271,14 +261,9 @@ class ScoringCore:
             raise
         finally:
             self._taken -= 1
-            if not self._taken:
-                self._idle.set()
 
     def _check_room(self) -> None:
-        """Raises RequestError where no body is taken now."""
-        if self._closed:
-            self.observe.lost("draining")
-            raise RequestError(503, "the server is about to end", 1)
+        """Raises RequestError (429) where too many bodies wait."""
         most = self.settings.batching.waiting
         if self._taken >= most:
             self.observe.lost("full")
@@ -301,7 +286,7 @@ class ScoringCore:
 
     def _job(self, body: Body, deadline: float) -> _Job:
         sizes = sizes_of(body.requests, body.scorer.needs, self.settings.limits)
-        waiting = _Waiting(body, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(body, asyncio.get_running_loop().create_future(), self.observe.follow())
         kind = (id(body.scorer), body.explain)
         return Work(waiting, kind, sizes, self.settings.batching, self.clock(), deadline)
 

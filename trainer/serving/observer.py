@@ -13,9 +13,8 @@ from trainer.serving.scorer import Seconds
 #   expired    its deadline passed
 #   hopeless   it was refused, since by the measured pace it would not be scored before its deadline
 #   full       it was refused, since too many waited
-#   draining   it was refused, since the server ends
 #   unsound    its scores were no numbers
-Loss = Literal["abandoned", "expired", "hopeless", "full", "draining", "unsound"]
+Loss = Literal["abandoned", "expired", "hopeless", "full", "unsound"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -93,17 +93,23 @@ class GrpcServer:
         ]
 
     def _method(self, name: str, kind: Any, work: Callable[[Any, Context], Awaitable[Any]]) -> Any:
-        return grpc.unary_unary_rpc_method_handler(
+        # A stream of one message is the same on the wire as that message alone. A handler of a single message
+        # would be called once it is there, and so could not end the wait for one that never comes.
+        return grpc.stream_unary_rpc_method_handler(
             partial(self._counted, name, work), kind.FromString, lambda answer: answer.SerializeToString()
         )
 
     async def _counted(
-        self, name: str, work: Callable[[Any, Context], Awaitable[Any]], request: Any, context: Context
+        self,
+        name: str,
+        work: Callable[[Any, Context], Awaitable[Any]],
+        requests: AsyncIterator[Any],
+        context: Context,
     ) -> Any:
         """The answer; every error is a code and one line, and every call is counted by its code."""
         count = self._service.metrics.grpc_calls.labels
         try:
-            answer = await work(request, context)
+            answer = await work(await self._message(requests), context)
         except RequestError as error:
             code = _CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
             count(name, code.name).inc()
@@ -117,10 +123,25 @@ class GrpcServer:
             raise
         except Exception as error:
             count(name, grpc.StatusCode.INTERNAL.name).inc()
-            self._service.log.error("internal error", f"a gRPC call of {name} failed", error)
+            self._service.log.failure("internal error", f"a gRPC call of {name} failed", error)
             await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
         count(name, grpc.StatusCode.OK.name).inc()
         return answer
+
+    async def _message(self, requests: AsyncIterator[Any]) -> Any:
+        """The message of a call.
+
+        Raises:
+            RequestError: 408 where it does not come in time, 422 where there is none.
+        """
+        seconds = self._service.load.seconds
+        try:
+            async with asyncio.timeout(seconds):
+                async for request in requests:
+                    return request
+        except TimeoutError:
+            raise RequestError(408, f"the message did not arrive within {seconds:g} s") from None
+        raise RequestError(422, "the call has no message")
 
     async def _live(self, request: Any, context: Context) -> Any:
         return pb.ServerLiveResponse(live=self._service.live())

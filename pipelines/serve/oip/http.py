@@ -123,6 +123,12 @@ class NamedAbleBody(AbleBody):
 def add_inference(app: FastAPI, service: Service) -> None:
     """The paths of the protocol, without and with a version."""
     inference = OpenInference(service)
+    _add_server(app, service)
+    _add_model(app, service, inference)
+    _add_infer(app, service, inference)
+
+
+def _add_server(app: FastAPI, service: Service) -> None:
 
     @app.get("/v2", response_model=ServerBody)
     async def server() -> ServerBody:
@@ -142,6 +148,8 @@ def add_inference(app: FastAPI, service: Service) -> None:
         _check_ready(service)
         return AbleBody(ready=True)
 
+
+def _add_model(app: FastAPI, service: Service, inference: OpenInference) -> None:
     @app.get("/v2/models/{name}", response_model=ModelBody, responses=errors_of(404, 422))
     @app.get("/v2/models/{name}/versions/{version}", response_model=ModelBody, responses=errors_of(404, 422))
     async def model(name: str, version: str = "") -> ModelBody:
@@ -167,6 +175,8 @@ def add_inference(app: FastAPI, service: Service) -> None:
         _check_ready(service)
         return NamedAbleBody(name=name, ready=True)
 
+
+def _add_infer(app: FastAPI, service: Service, inference: OpenInference) -> None:
     schema = {"required": True, "content": {JSON: {"schema": InferBody.model_json_schema()}}}
     given: dict[str, Any] = {"response_model": InferredBody, "responses": _ERRORS}
     given["openapi_extra"] = {"requestBody": schema}

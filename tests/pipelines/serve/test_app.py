@@ -323,10 +323,10 @@ def test_a_failing_request_fails_alone_and_says_nothing(
     """Whatever breaks inside is an answer 500 without a traceback, and its company gets its scores."""
     plain = type(snapshot).score
 
-    def breaks(self: Snapshot, batch: Any, model: Any = None) -> torch.Tensor:
+    def breaks(self: Snapshot, batch: Any, *more: Any) -> torch.Tensor:
         if (batch.user_id == -5).any():
             raise RuntimeError("a secret of the inside")
-        return plain(self, batch)
+        return plain(self, batch, *more)
 
     async def run() -> None:
         service = service_of(snapshot, monkeypatch, batching__window_ms=50)

@@ -22,7 +22,7 @@ from tritonclient.grpc.aio import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
 from pipelines.serve.oip import inference_pb2
-from pipelines.serve.oip.grpc_server import GrpcServer
+from pipelines.serve.oip.grpc_server import SERVICE, GrpcServer
 from pipelines.serve.oip.tensors import Output, Shaped
 from tests.helpers.launching import ROOT
 from tests.helpers.logs import Shape, enrich, random_rows, write_log
@@ -291,6 +291,44 @@ def test_deadlines_limits_and_clients_that_leave_reach_the_core(
             assert said.count(b"") == 2
             for _, writer in others:
                 writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_message_that_never_comes_ends_its_call(snapshot: Snapshot, monkeypatch: Patch) -> None:
+    async def run() -> None:
+        service = service_of(snapshot, monkeypatch, grpc__port=0, http__client_seconds=0.2)
+        async with calling(service) as (_, remote, port):
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                never = channel.stream_unary(f"/{SERVICE}/ModelInfer")()
+                with pytest.raises(grpc.aio.AioRpcError, match=r"the message did not arrive within 0\.2 s"):
+                    await never
+                none = channel.stream_unary(f"/{SERVICE}/ModelInfer")()
+                await none.done_writing()
+                with pytest.raises(grpc.aio.AioRpcError, match="the call has no message"):
+                    await none
+            assert await remote.is_server_live()
+
+    asyncio.run(run())
+
+
+def test_a_call_under_way_is_answered_when_the_server_ends(
+    snapshot: Snapshot, monkeypatch: Patch, asked: list[Body]
+) -> None:
+    async def run() -> None:
+        service = service_of(snapshot, monkeypatch, grpc__port=0, batching__window_ms=300)
+        async with serving(service):
+            server = GrpcServer(service)
+            await server.start()
+            async with InferenceServerClient(f"127.0.0.1:{server.port}") as remote:
+                call = asyncio.ensure_future(remote.infer("tandemrec", inputs(asked[0])))
+                async with asyncio.timeout(20):
+                    while not service.core.queue.parts:
+                        await asyncio.sleep(0.005)
+                await server.stop(20)
+                assert (await call).as_numpy("score_click").size == len(asked[0]["candidates"]["item_id"])
+                with pytest.raises(InferenceServerException):
+                    await remote.is_server_live(client_timeout=1)
 
     asyncio.run(run())
 

@@ -117,14 +117,14 @@ def test_logs_are_lines_of_json_where_asked(capsys: pytest.CaptureFixture[str]) 
     own = Log(LogSettings(format="json", requests=1.0))
     own.say("version served", "now serving\n v2", version="v2")
     own.scored(version="v2", body_bytes=7)
-    own.error("internal error", "it broke", ValueError("inside"))
+    own.failure("internal error", "it broke", ValueError("inside"))
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["event"] for line in lines] == ["version served", "scored"]
     assert lines[0]["message"] == "now serving v2" and lines[1]["body_bytes"] == 7 and "time" in lines[0]
     (error,) = map(json.loads, err.splitlines())
     assert error["level"] == "error" and "ValueError: inside" in error["traceback"]
-    Log().error("internal error", "it broke", ValueError("inside"))
+    Log().failure("internal error", "it broke", ValueError("inside"))
     out, err = capsys.readouterr()
     assert not out and err.startswith("it broke\n") and err.rstrip().endswith("ValueError: inside")
 

@@ -246,7 +246,9 @@ def test_what_cannot_be_served_is_one_line(made: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_page_shows_a_user_his_candidates_and_what_was_kept(made: Path, tmp_path: Path) -> None:
-    words = ("--set", "user_states.least=1")
+    token = tmp_path / "token"
+    token.write_text("a token for the page")
+    words = ("--set", "user_states.least=1", "--set", f"access.users_token_file={token}")
     with (
         server(made / "snapshot", "--histories", str(made / "log"), *words) as (_, url),
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
@@ -254,6 +256,8 @@ def test_the_page_shows_a_user_his_candidates_and_what_was_kept(made: Path, tmp_
     ):
         user = max(ROWS, key=lambda row: row["num_behaviors"])
         page.open(url)
+        page.wait("!$('pick-token').hidden && $('problem').innerText.includes('Bearer TOKEN')")
+        page.value("$('token').value = 'a token for the page'; $('token').onchange()")
         page.wait("document.body.dataset.ready")
         page.wait("$('candidates-note').innerText.endsWith('state of the user: made for this request')")
         page.value("$('request').onchange()")
@@ -288,6 +292,6 @@ def test_the_page_shows_a_user_his_candidates_and_what_was_kept(made: Path, tmp_
         page.value("$('user').value = '12345'; $('user').onchange()")
         page.wait("$('problem').innerText.endsWith('no stored history of user 12345')")
         assert all(address.startswith(url) or address.startswith("data:") for address in page.requested)
-        assert not [error for error in page.errors if "404" not in error], page.errors
+        assert not [error for error in page.errors if "404" not in error and "403" not in error], page.errors
         page.screenshot(tmp_path / "page.png")
         assert (tmp_path / "page.png").stat().st_size > 20_000

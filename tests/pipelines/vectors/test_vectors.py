@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import faiss
@@ -13,11 +14,14 @@ import torch
 
 from embeddings.errors import ConfigError, DataError
 from pipelines.score import open_requests
+from pipelines.vectors import vectors
 from pipelines.vectors.options import VectorOptions, groups_of
-from pipelines.vectors.vectors import write_vectors
+from tests.helpers.living import RAW, raw_rows, see, stage_of
 from tests.helpers.logs import Row, Shape, enrich, random_rows, write_log
+from tests.helpers.models import preset
 from tests.helpers.snapshots import exported, save_run
 from trainer.data.batch import RequestBatch
+from trainer.log.encoders.buckets import Buckets
 from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch
 from trainer.snapshot import Snapshot, load_snapshot
@@ -43,6 +47,17 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = consistent(random_rows(5, Shape(users=24, behaviors=30)))
     folder = tmp_path_factory.mktemp("log") / "log"
     return write_log(folder, {"train": rows, "test": rows[:12]}, more=TAGS)
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each snapshot is loaded once in this file."""
+    monkeypatch.setattr(vectors, "load_fetched", _load)
+
+
+@lru_cache
+def _load(path: Path, cache: Path | None) -> Snapshot:
+    return load_snapshot(path)
 
 
 def made(root: Path, log: Path, name: str, *overrides: str) -> Path:
@@ -75,12 +90,12 @@ def rows_of(folder: Path) -> tuple[list[Row], np.ndarray]:  # type: ignore[type-
 
 
 def written(snapshot: Path, log: Path, out: Path, **options: object) -> VectorsManifest:
-    return write_vectors(snapshot, log, out, VectorOptions(**options))  # type: ignore[arg-type]
+    return vectors.write_vectors(snapshot, log, out, VectorOptions(**options))  # type: ignore[arg-type]
 
 
 def test_every_item_of_the_log_is_there_with_its_features(twin: Path, log: Path, tmp_path: Path) -> None:
     manifest = written(twin, log, tmp_path / "out", space="representation")
-    rows, vectors = rows_of(tmp_path / "out")
+    rows, found_vectors = rows_of(tmp_path / "out")
     seen = {}
     for split in ("train", "test"):
         for file in sorted((log / split).glob("*.parquet")):
@@ -93,7 +108,7 @@ def test_every_item_of_the_log_is_there_with_its_features(twin: Path, log: Path,
     assert [row["item"] for row in rows] == sorted(seen)
     assert all(row["feature_category_id"] == row["item"] % 9 for row in rows)
     assert all(row["feature_tags"] == list(range(row["item"] % 3)) for row in rows)
-    assert manifest.counts["items"] == len(rows) == len(vectors) == manifest.rows
+    assert manifest.counts["items"] == len(rows) == len(found_vectors) == manifest.rows
     assert (manifest.counts["conflicts"], manifest.counts["unknown_occurrences"]) == (0, unknown)
     assert manifest == read_vectors_manifest(tmp_path / "out", check=True)
 
@@ -183,17 +198,17 @@ def test_an_index_over_groups_finds_what_brute_force_finds(
     """Rows of a group lie together, and a user's vector is compared with those of its group alone."""
     manifest = written(towers, log, tmp_path / "out", space="towers", index=kind, recall=1.0)
     assert manifest.index is not None and manifest.index.recall[-1].recall == 1.0
-    rows, vectors = rows_of(tmp_path / "out")
+    rows, found_vectors = rows_of(tmp_path / "out")
     groups = pq.read_table(tmp_path / "out" / "groups.parquet").to_pylist()
     index = faiss.read_index(str(tmp_path / "out" / manifest.index.files[0]))
     assert index.ntotal == len(rows) == sum(each["rows"] for each in groups)
     for each in groups:
         own = slice(each["first"], each["first"] + each["rows"])
         assert {row["feature_category_id"] for row in rows[own]} == {each["group"]}
-    query = np.ascontiguousarray(-vectors[:3])
+    query = np.ascontiguousarray(-found_vectors[:3])
     products, found = index.search(query, 1)
-    assert products[:, 0] == pytest.approx((query @ vectors.T).max(1), abs=1e-5)
-    assert products[:, 0] == pytest.approx((query * vectors[found[:, 0]]).sum(1), abs=1e-5)
+    assert products[:, 0] == pytest.approx((query @ found_vectors.T).max(1), abs=1e-5)
+    assert products[:, 0] == pytest.approx((query * found_vectors[found[:, 0]]).sum(1), abs=1e-5)
 
 
 def test_items_that_contradict_themselves_are_counted(tmp_path: Path) -> None:
@@ -227,6 +242,32 @@ def test_items_that_contradict_themselves_are_counted(tmp_path: Path) -> None:
     assert manifest.counts["conflicts"] >= sum(len(each) > 1 for each in values.values())
     assert manifest.counts["never_candidates"] == len(got.keys() - as_candidates)
     assert {row["item"] for row in found if row["feature_band"] is None} == got.keys() - as_candidates
+
+
+def test_items_with_raw_ids_and_numbers_have_the_keys_of_their_behaviors(tmp_path: Path) -> None:
+    """Ids that come and go, some of them without a row, and a number that an encoder makes ids of."""
+    rows = consistent(raw_rows(4, Shape(users=8, behaviors=30)))
+    for row in rows:
+        row["history_price"] = [item % 7 for item in row["history_item_id"]]
+        row["candidate_price"] = [[i % 7 for i in items] for items in row["candidate_item_id"]]
+    price = FeatureInfo(rows=1, encoder=Buckets(kind="buckets", edges=(2, 5)))
+    log = write_log(tmp_path / "log", {"train": rows, "test": rows[:4]}, more={**TAGS, **RAW, "price": price})
+    ids = ("ids.item_id.capacity=40", "ids.item_id.shared_rows=4")
+    stage = stage_of(preset("dare", log, *ids))
+    see(stage, range(25), 1000)
+    save_run(tmp_path / "run", log, "dare", *ids, ids=stage)
+    root = exported(tmp_path / "run", tmp_path / "snapshot").parent
+    written(root, log, tmp_path / "out")
+    found, found_vectors = rows_of(tmp_path / "out")
+    place = {row["item"]: n for n, row in enumerate(found)}
+    assert len(place) > 30 and all(row["feature_price"] == row["item"] % 7 for row in found)
+    snapshot = load_snapshot(root)
+    reader, _ = open_requests(snapshot, log, "test")
+    for step in reader.steps():
+        with torch.no_grad():
+            keys = snapshot.model.retrieve(snapshot.with_rows(step.batch))["main"].vectors.key_ND
+        items = step.batch.features["item_id"].values()[: step.batch.behaviors].tolist()
+        assert torch.from_numpy(found_vectors)[[place[item] for item in items]].equal(keys[: len(items)])
 
 
 def test_what_a_model_has_not_is_refused_with_the_reason(

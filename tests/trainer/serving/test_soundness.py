@@ -41,7 +41,7 @@ def fine(log: Path) -> Body:
 
 @pytest.mark.parametrize("role", ["attention", "representation"])
 def test_a_table_that_was_overwritten_is_named_and_its_answers_refused(
-    snapshot: Snapshot, monkeypatch: Patch, fine: Body, role: str
+    snapshot: Snapshot, monkeypatch: Patch, fine: Body, role: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Requests that do not read the rows are scored on; the server is not ready, and tells once why."""
     other = json.loads(json.dumps(fine))
@@ -51,8 +51,6 @@ def test_a_table_that_was_overwritten_is_named_and_its_answers_refused(
 
     async def run() -> None:
         service = service_of(snapshot, monkeypatch)
-        said: list[tuple[str, str]] = []
-        monkeypatch.setattr(service.metrics, "unsound", lambda *given: said.append(given))
         async with serving(service) as client:
             before = await client.score(other)
             names = dict(snapshot.model.named_parameters())
@@ -64,7 +62,9 @@ def test_a_table_that_was_overwritten_is_named_and_its_answers_refused(
             assert await client.score(other) == before
             ready = await client.http.get("/readyz")
             assert ready.status_code == 503 and f"{role}/item_id hold NaN" in ready.text
-            assert said == [("v00000001", f"rows of the table {role}/item_id hold NaN or infinity")]
+            problem = f"rows of the table {role}/item_id hold NaN or infinity"
+            said = f"not ready: the version v00000001 answers with what is no number: {problem}\n"
+            assert capsys.readouterr().out.count(said) == 1
             assert await client.metric('tandemrec_lost_total{why="unsound"}') == 2
 
     asyncio.run(run())

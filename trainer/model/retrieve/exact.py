@@ -101,14 +101,17 @@ class PairScores:
         """
         scorer, raw, windows = self.scorer, self.raw, self.windows
         assert isinstance(scorer, DotScorer)
-        query_CHD = self._rounded_heads(self._mapped_queries(raw.query_CD.float(), raw.group_C))
-        key_NHD = self._rounded_heads(_mapped(scorer.key, raw.key_ND.float()))
         shared, of_candidate = scorer.bias is None or not scorer.bias.of_target, windows.of_candidates()
         if shared:
             own = None if scorer.bias is None else scorer.bias.shared(windows.marks)
             bias = scorer._besides(raw, windows, own).double().masked_fill(~windows.mask, -torch.inf)
         else:
             bias = scorer._kept_bias(raw, of_candidate).double().masked_fill(~of_candidate.mask, -torch.inf)
+        if not raw.key_ND.shape[1]:
+            # Time alone is scored.
+            return [bias[windows.of_candidate] if shared else bias]
+        query_CHD = self._rounded_heads(self._mapped_queries(raw.query_CD.float(), raw.group_C))
+        key_NHD = self._rounded_heads(_mapped(scorer.key, raw.key_ND.float()))
         scores = []
         for head in range(scorer.heads):
             key_WXD = key_NHD[:, head][windows.index]

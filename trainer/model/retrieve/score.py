@@ -188,6 +188,9 @@ class DotScorer(Scorer):
             bias = self._kept_bias(vectors, kept)
             if self.encoding is not None:
                 bias = bias + self.encoding.scores(vectors.query_CD, kept.marks, vectors.group_C)
+            if is_traced() and not vectors.key_ND.shape[1]:
+                # Time alone is scored, and portable runtimes reshape no rows of nothing.
+                return bias[:, None]
             # Heads are candidates and rows of their own, a head's width wide.
             each = torch.arange(self.heads, device=kept.index.device)
             index_CHK = kept.index[:, None] * self.heads + each[:, None]

@@ -212,17 +212,24 @@ def exact_columns(pairs: PairScores, k: int) -> tuple[Tensor, Tensor]:
     scores = pairs.of_windows()
     if len(scores) == 1:
         return traced_top_columns(scores[0], k)
-    return round_robin(torch.stack(scores, dim=1), k)
+    # Each head by itself: all their scores side by side would be a copy of them.
+    lists = [ranked_columns(score_CX, k) for score_CX in scores]
+    column_CHK, real_CHK = (torch.stack(part, dim=1) for part in zip(*lists, strict=True))
+    return united(column_CHK, real_CHK, k, scores[0].shape[1])
 
 
 def round_robin(score_CHX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:
     """Walk the heads' ranked lists in turn, best first, until K different columns are found (TWIN, 4.2)."""
     candidates, heads, width = score_CHX.shape
     lists = (candidates, heads)
-    column, real = (
-        part.unflatten(0, lists).transpose(1, 2).flatten(1)
-        for part in ranked_columns(score_CHX.flatten(0, 1), k, doubt)
-    )
+    ranked = ranked_columns(score_CHX.flatten(0, 1), k, doubt)
+    column_CHK, real_CHK = (part.unflatten(0, lists) for part in ranked)
+    return united(column_CHK, real_CHK, k, width)
+
+
+def united(column_CHK: Tensor, real_CHK: Tensor, k: int, width: int) -> tuple[Tensor, Tensor]:
+    """The first K different columns of heads' ranked lists that are walked in turn; ascending."""
+    column, real = (part.transpose(1, 2).flatten(1) for part in (column_CHK, real_CHK))
     column = torch.where(real, column, width)
     place = column.sort(dim=1, stable=True)
     again = F.pad(place.values[:, 1:] == place.values[:, :-1], (1, 0))

@@ -7,7 +7,6 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.user_state.state import UserState
 
 # `hit`: the state had all behaviors; `extended`: newer ones were added to it; `miss`: there was none;
@@ -44,11 +43,10 @@ class StateCache:
 
     Args:
         most: bytes.
-        store: a second level, which is asked for states that are not here, and gets all that are put here.
     """
 
-    def __init__(self, most: int, store: SecondLevel | None = None) -> None:
-        self._most, self._held, self._store = most, 0, store
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
         self._states: OrderedDict[bytes, UserState] = OrderedDict()
         self._outcomes: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
         self._evicted = self._too_large = 0
@@ -60,19 +58,10 @@ class StateCache:
             state = self._states.get(key)
             if state is not None:
                 self._states.move_to_end(key)
-                return state
-        state = None if self._store is None else self._store.get(key)
-        if state is not None:
-            self._keep(state)
-        return state
+            return state
 
     def put(self, state: UserState) -> None:
         """Keep a state in the place of the one with its key. One that is larger than all is not kept."""
-        self._keep(state)
-        if self._store is not None:
-            self._store.put(state)
-
-    def _keep(self, state: UserState) -> None:
         with self._lock:
             old = self._states.pop(state.key, None)
             self._held -= 0 if old is None else old.nbytes

@@ -88,7 +88,7 @@ class StateMaker:
     Args:
         snapshot, needs: of the scorer.
         settings: their `bytes` are not 0.
-        store: the second level of the cache.
+        snapshot_digest: of the manifest; store: where states are shared with other processes.
 
     Attributes:
         cache: the states that are kept.
@@ -105,7 +105,7 @@ class StateMaker:
     ) -> None:
         self.model, self.needs, self.settings = snapshot.model, needs, settings
         self.plan = Plan.of(snapshot.model, settings.representation)
-        self.cache = StateCache(settings.bytes, store)
+        self.cache, self.store = StateCache(settings.bytes), store
         self.outcomes: dict[int, Outcome] = {}
         # A data path that searches, or clusters, leaves other behaviors in every batch.
         data = snapshot.manifest.config.data
@@ -177,9 +177,8 @@ class StateMaker:
         olds: dict[int, UserState | None] = {}
         for place, key in keys.items():
             wanted, old = parts[place].stretch, self.cache.get(key)
-            if old is not None and _shapes(old.rows) != _shapes(self._row):
-                # It came from another process, and is not what this one would make.
-                old = None
+            if old is None and self.store is not None:
+                old = self._shared(key, self.store)
             outcome: Outcome = "miss"
             if old is not None and old.has(wanted):
                 outcome, states[place] = "hit", old
@@ -197,7 +196,19 @@ class StateMaker:
             made = self._made(keys[place], parts[place].stretch, olds[place], vectors)
             states[place] = made
             self.cache.put(made)
+            if self.store is not None:
+                self.store.put(made)
         return {place: state.rows_of(parts[place].stretch) for place, state in states.items()}
+
+    def _shared(self, key: bytes, store: SecondLevel) -> UserState | None:
+        """What another process made, as far as it is what this one would make."""
+        found = store.get(key)
+        if found is None or _shapes(found.rows) != _shapes(self._row):
+            return None
+        # In memory of its own, which begins at a line.
+        found = replace(found, rows={name: part.clone() for name, part in found.rows.items()}, writable=True)
+        self.cache.put(found)
+        return found
 
     def _looked_up(
         self, first: Mapping[int, int], parts: Sequence[_Part], batch: RequestBatch
