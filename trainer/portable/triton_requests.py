@@ -79,5 +79,6 @@ class TritonPythonModel:
         shape = [max(1, *(part.shape[axis] for part in parts)) for axis in range(dims)]
         whole = np.full((len(parts), *shape), padding, dtype=_TYPES[each["dtype"]])
         for row, part in enumerate(parts):
-            whole[(row, *(slice(size) for size in part.shape))] = part
+            place: Any = (row, *(slice(size) for size in part.shape))
+            whole[place] = part
         return whole

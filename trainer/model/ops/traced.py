@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +61,24 @@ def ranked_by_standard() -> Iterator[None]:
         yield
     finally:
         _BY_STANDARD.reset(before)
+
+
+class SortedRows(NamedTuple):
+    """Numbers in their order, and the columns where they were."""
+
+    values: Tensor
+    indices: Tensor
+
+
+def stable_sort(rows_RX: Tensor, descending: bool = False) -> SortedRows:
+    """Each row in order; of equal numbers the one at the lower column first.
+
+    ONNX has no sort. The exporter makes one of a TopK of all columns, but not of a sort that is to be stable,
+    which ONNX's TopK is.
+    """
+    if _BY_STANDARD.get():
+        return SortedRows(*rows_RX.topk(rows_RX.shape[1], dim=1, largest=descending))
+    return SortedRows(*rows_RX.sort(dim=1, descending=descending, stable=True))
 
 
 def traced_top_columns(score_RX: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from trainer.config.model import BranchKeys
 from trainer.model.ops.precision import in_single_precision, is_halved
 from trainer.model.ops.top import Doubt, ascending, top_columns
-from trainer.model.ops.traced import is_traced, traced_top_columns
+from trainer.model.ops.traced import is_traced, stable_sort, traced_top_columns
 from trainer.model.retrieve import window_search
 from trainer.model.retrieve.exact import PairScores
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, Scorer
@@ -231,7 +231,7 @@ def united(column_CHK: Tensor, real_CHK: Tensor, k: int, width: int) -> tuple[Te
     """The first K different columns of heads' ranked lists that are walked in turn; ascending."""
     column, real = (part.transpose(1, 2).flatten(1) for part in (column_CHK, real_CHK))
     column = torch.where(real, column, width)
-    place = column.sort(dim=1, stable=True)
+    place = stable_sort(column)
     again = F.pad(place.values[:, 1:] == place.values[:, :-1], (1, 0))
     new = torch.zeros_like(real).scatter(1, place.indices, ~again) & real
     taken = new & (new.cumsum(1) <= k)
@@ -244,7 +244,7 @@ def ranked_columns(score_RX: Tensor, k: int, doubt: Doubt | None = None) -> tupl
     top = traced_top_columns if is_traced() else partial(top_columns, doubt=doubt)
     column, real = top(score_RX, k)
     value = score_RX.gather(1, column).masked_fill(~real, -torch.inf)
-    ranked = value.sort(dim=1, descending=True, stable=True)
+    ranked = stable_sort(value, descending=True)
     if doubt is not None and column.shape[1] > 1:
         close = ranked.values[:, :-1] - ranked.values[:, 1:] <= doubt.slack[:, None]
         close = F.pad(close, (0, 1)) | F.pad(close, (1, 0))
