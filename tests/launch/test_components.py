@@ -420,7 +420,14 @@ def test_torchrun_takes_no_option_of_ours_for_its_own() -> None:
             except SystemExit:
                 ambiguous.append(f"{verb} {option}")
     assert ambiguous == [
-        *("evaluate --run", "export --run", "export --log", "unshard --run", "cluster --log", "windows --log"),
+        *(
+            "evaluate --run",
+            "export --run",
+            "export --log",
+            "unshard --run",
+            "cluster --log",
+            "windows --log",
+        ),
         "vectors --log",
     ]
 
