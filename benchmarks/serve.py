@@ -1,9 +1,9 @@
 """How fast a snapshot scores one user's candidates, beside other implementations (serving.md)
 
-Score, split into search and ranking; other implementations of the same weights; and how long a server takes to
-start on large tables. All on one thread with random weights. Kinds run in turn, four times as often where
-histories are no longer than `compare`. Processor seconds stand beside those of the wall, because other work on
-the machine disturbs them less; ratios are of processor seconds. The other implementations are measured in
+Score, split into search and ranking; other implementations of the same weights; and how long a server takes
+to start on large tables. All on one thread with random weights. Kinds run in turn, four times as often where
+histories are no longer than `compare`. Processor seconds stand beside those of the wall, because other work
+on the machine disturbs them less; ratios are of processor seconds. The other implementations are measured in
 fp32. The server under load is `tandemrec bench load`. --config is a TOML of `ServeBench`.
 """
 
