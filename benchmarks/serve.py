@@ -41,16 +41,16 @@ from embeddings.errors import TandemError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import Dtype, to_stored
-from pipelines.serve.app import Service, build_app
+from pipelines.serve.app import build_app
 from pipelines.serve.metrics import Metrics
+from pipelines.serve.service import Service
 from trainer.assemble import build_model
 from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import Settings, load_settings
 from trainer.log.bags import Bags
 from trainer.run_config import Config
 from trainer.serving.arrow_body import MEDIA_TYPE
-from trainer.serving.request import History, Limits, Request
-from trainer.serving.scheduler import BatchSettings
+from trainer.serving.request import History, Request
 from trainer.serving.scorer import Scorer
 from trainer.snapshot import Snapshot
 from trainer.snapshot.manifest import InputFeature
@@ -133,7 +133,7 @@ def main(words: Sequence[str]) -> None:
     for dtype in settings.dtypes:
         stored = to_stored(representation, dtype)
         for dim, table in tables.items():
-            scorers[dtype, dim] = _scorer(settings, (to_stored(table, dtype), dim), stored)
+            scorers[dtype, dim] = make_scorer(settings, (to_stored(table, dtype), dim), stored)
     _measure_scores(settings, scorers, repeats, report)
     _compare(settings, tables, representation, repeats, report)
     _measure_server(settings, scorers[settings.dtypes[0], min(settings.dims)], repeats, report)
@@ -143,7 +143,7 @@ def main(words: Sequence[str]) -> None:
     report.close()
 
 
-def _scorer(
+def make_scorer(
     settings: ServeBench, attention: tuple[torch.Tensor, int] | None, representation: torch.Tensor
 ) -> Scorer:
     """A scorer of these tables.
@@ -186,7 +186,7 @@ def _model(
     return config, {n: TableGroup(n, (TableSpec(_FEATURE, rows, dim),)) for n, dim in dims.items()}
 
 
-def _request(settings: ServeBench, length: int) -> Request:
+def make_request(settings: ServeBench, length: int) -> Request:
     rng = np.random.default_rng(length)
     history = rng.integers(0, settings.rows, length)
     candidates = Bags(rng.integers(0, settings.rows, settings.candidates))
@@ -205,7 +205,7 @@ def _request(settings: ServeBench, length: int) -> Request:
 def _measure_scores(settings: ServeBench, scorers: Scorers, repeats: int, report: Report) -> None:
     """Measure every length, type and width, by both clocks in turn."""
     for length in settings.lengths:
-        request = _request(settings, length)
+        request = make_request(settings, length)
         taken: dict[tuple[Dtype, int, str], list[tuple[float, float]]] = {
             (*kind, clock): [] for kind in scorers for clock in ("wall", "cpu")
         }
@@ -250,12 +250,12 @@ def _compare(
 ) -> None:
     """Measure the scorer and the other implementations in fp32; their scores must agree."""
     length = settings.compare
-    request = _request(settings, length)
+    request = make_request(settings, length)
     history = torch.from_numpy(request.history.features[_FEATURE].values.copy()).flip(0)
     candidates = torch.from_numpy(request.candidates[_FEATURE].values.copy())
-    without = _scorer(settings, None, representation)
+    without = make_scorer(settings, None, representation)
     for dim in (min(tables), max(tables)):
-        scorer = _scorer(settings, (tables[dim], dim), representation)
+        scorer = make_scorer(settings, (tables[dim], dim), representation)
         scorer.clock = time.thread_time
         plain = PlainProgram(tables[dim], representation, scorer.snapshot.model, settings.k)
         programs = {
@@ -287,7 +287,7 @@ def _measure_server(settings: ServeBench, scorer: Scorer, repeats: int, report: 
     if shutil.which("hey") is None:
         report.line("no `hey` on this machine: the server is not measured")
         return
-    request, many = _request(settings, settings.compare), settings.connections
+    request, many = make_request(settings, settings.compare), settings.connections
     scorer.clock = time.perf_counter
     bare: list[float] = []
     single: dict[str, list[float]] = {"arrow": [], "json": []}
@@ -315,7 +315,7 @@ def _measure_starts(settings: ServeBench, scorers: Scorers) -> list[Row]:
     if not settings.start_rows:
         return []
     dim = min(settings.dims)
-    batch = scorers[settings.dtypes[0], dim].batch([_request(settings, min(settings.lengths))])
+    batch = scorers[settings.dtypes[0], dim].batch([make_request(settings, min(settings.lengths))])
     config, groups = _model(settings, dim, dim, max(settings.start_rows, settings.rows))
     return [measure_start(config, groups, batch, dtype) for dtype in settings.dtypes]
 
@@ -327,7 +327,7 @@ def _bare_p50(scorer: Scorer, request: Request) -> float:
 @contextmanager
 def _server(scorer: Scorer) -> Iterator[str]:
     """The app on a free port, in a thread of this process."""
-    service = Service(_FixedVersion(scorer), Metrics(), Limits(), BatchSettings())  # type: ignore[arg-type]
+    service = Service(_FixedVersion(scorer), Metrics())  # type: ignore[arg-type]
     server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -19,7 +19,6 @@ from typer import Option
 from launch.analysis_verbs import analyze
 from launch.options import (
     At,
-    Cache,
     Checkpoint,
     ConfigFile,
     Device,
@@ -27,7 +26,6 @@ from launch.options import (
     Overrides,
     Overwrite,
     RunFolder,
-    Snapshot,
     Split,
     Version,
     Weights,
@@ -35,6 +33,7 @@ from launch.options import (
 )
 from launch.quick_imports import quick_imports
 from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_errors
+from launch.serving_verbs import ServeCommand, serve
 from launch.snapshot_verbs import export, portable, score, vectors
 from launch.stream_verbs import online, windows
 
@@ -263,68 +262,8 @@ def cluster(
 app.command()(windows)
 app.command()(online)
 app.command()(score)
-
-
 app.command()(vectors)
-
-
-@app.command()
-def serve(
-    snapshot: Snapshot,
-    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="0: any free one.")] = 8000,
-    histories: Annotated[
-        Path | None, At(metavar="LOG", help="A sequence log whose users requests may name.")
-    ] = None,
-    max_body: Annotated[int, Option(min=1, help="Bytes of a body.")] = 64 << 20,
-    max_json: Annotated[int, Option(min=1, help="Bytes of a JSON body.")] = 8 << 20,
-    max_requests: Annotated[int, Option(min=1, help="Of a body.")] = 64,
-    max_history: Annotated[int, Option(min=1, help="Behaviors of a request that the model reads.")] = 100_000,
-    max_candidates: Annotated[int, Option(min=1, help="Of a request.")] = 5_000,
-    max_bag: Annotated[int, Option(min=1, help="Ids of a behavior.")] = 1_000,
-    max_ids: Annotated[int, Option(min=1, help="Values of a body.")] = 8 << 20,
-    max_waiting: Annotated[int, Option(min=1, help="Bodies; more: 429.")] = 256,
-    max_connections: Annotated[int, Option(min=1, help="Open at once; more: 503.")] = 512,
-    max_in_flight: Annotated[int, Option(min=1, help="Bytes of all bodies and answers; more: 503.")] = 256
-    << 20,
-    client_seconds: Annotated[
-        float, Option(min=0.1, help="For a head, a body, or to read an answer.")
-    ] = 30.0,
-    batch_requests: Annotated[int, Option(min=1, help="Of a model call.")] = 32,
-    batch_window_ms: Annotated[float, Option(min=0, help="Wait so long for company.")] = 0.0,
-    poll_seconds: Annotated[float, Option(min=0, help="Look for a newer version; 0: never.")] = 2.0,
-    threads: Annotated[int, Option(min=1, help="Of the model.")] = 1,
-    reload_token_file: Annotated[
-        Path | None, At(metavar="FILE", help="Holds the token of POST /reload; else it is off.")
-    ] = None,
-    vocabulary: Annotated[
-        Path | None, At(metavar="LOG", help="Whose values requests may name where the snapshot has none.")
-    ] = None,
-    cache: Cache = None,
-) -> None:
-    """Serve a snapshot over HTTP, with a page to look at."""
-    with quick_imports():
-        from pipelines.serve.load import LoadLimits
-        from pipelines.serve.serve import serve as run
-    from trainer.serving.request import Limits
-    from trainer.serving.scheduler import BatchSettings
-
-    limits = Limits(max_body, max_requests, max_history, max_candidates, max_bag, max_ids, max_json)
-    load = LoadLimits(max_connections, max_in_flight, client_seconds)
-    batching = BatchSettings(batch_window_ms / 1000, batch_requests, waiting=max_waiting, threads=threads)
-    run(
-        snapshot,
-        host,
-        port,
-        histories,
-        limits,
-        batching,
-        load,
-        poll_seconds,
-        reload_token_file,
-        vocabulary,
-        cache=cache,
-    )
+app.command(cls=ServeCommand)(serve)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

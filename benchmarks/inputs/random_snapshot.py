@@ -34,7 +34,7 @@ _BAND = 1 << 18
 
 
 @dataclass(frozen=True)
-class _RandomSource:
+class RandomSource:
     """Random tables that stand in for a checkpoint (`trainer.snapshot.writing.Source`)."""
 
     config: Config
@@ -61,16 +61,14 @@ def measure_start(
 ) -> dict[str, Any]:
     """Write a snapshot with all tables in one type, start a server on it, and stop it again."""
     with tempfile.TemporaryDirectory() as folder:
-        version = _write(Path(folder), config, groups, batch, dtype)
+        version = write_snapshot(Path(folder), RandomSource(config, groups), batch, dtype)
         size = sum(file.stat().st_size for file in version.rglob("*.safetensors"))
         return {"name": f"start, {dtype}", "dtype": dtype, "snapshot_mb": size / 1e6, **_start(version)}
 
 
-def _write(
-    root: Path, config: Config, groups: Mapping[str, TableGroup], batch: RequestBatch, dtype: Dtype
-) -> Path:
-    source = _RandomSource(config, groups)
-    dense = source.dense()
+def write_snapshot(root: Path, source: RandomSource, batch: RequestBatch, dtype: Dtype) -> Path:
+    """Publish a version with a source's tables; `batch` holds the requests that it records."""
+    config, groups, dense = source.config, source.groups, source.dense()
     with drafting(root) as part:
         draft = Draft(part, source, dict.fromkeys(groups, dtype))  # type: ignore[arg-type]
         draft.write_dense(dense)

@@ -175,7 +175,7 @@ def measure(given: Any, run: Path, stream: Path, stars: tuple[int, int]) -> Time
     train = ["online", "--config", str(given.config), "--stream", str(stream), "--out", str(out / "online")]
     train += ["--snapshots", str(snapshots), "--follow", *sets]
     port = _free_port()
-    serve = ["serve", "--snapshot", str(snapshots), "--port", str(port), "--poll-seconds", "1"]
+    serve = ["serve", "--snapshot", str(snapshots), "--port", str(port), "--set", "updates.poll_seconds=1"]
     address, newest = f"http://127.0.0.1:{port}", snapshots / "LATEST"
     feeder = threading.Thread(target=feed, args=(stream, given.pace, line), daemon=True)
     watcher = threading.Thread(target=watch, args=(address, stars, line, stop), daemon=True)

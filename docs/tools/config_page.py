@@ -1,4 +1,4 @@
-"""Writes docs/config.md: every key of both configurations, with its default, its values and its meaning.
+"""Writes docs/config.md: every key of all configurations, with its default, its values and its meaning.
 
 The meaning of a key is the docstring under its field. `make docs` runs this before it builds the site.
 """
@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from docs.tools.links import escaped
 from pipelines.ingest.config import IngestConfig
+from pipelines.serve.settings import ServeSettings
 from trainer.config.mistakes import models_in
 from trainer.config.toml import Settings
 from trainer.objectives.table import OBJECTIVES, RANKINGS
@@ -30,7 +31,8 @@ _HEAD = """# Configuration: every key
 `--set section.key=value`. A file may start from another file: `extends = "other.toml"` names it by its path
 from the first one. The values of the first file win. An unknown key is an error. configs/ holds ready files.
 Other pages explain what the keys do: [training.md](training.md), [models.md](models.md),
-[tables.md](tables.md), [checkpoints.md](checkpoints.md), [plan.md](plan.md), [ingest.md](ingest.md).
+[tables.md](tables.md), [checkpoints.md](checkpoints.md), [plan.md](plan.md), [ingest.md](ingest.md),
+[serving.md](serving.md).
 
 After `tandemrec --install-completion` the shell completes verbs and options.
 """
@@ -38,6 +40,7 @@ PAGE = Path(__file__).resolve().parents[1] / "config.md"
 _MODELS: tuple[tuple[str, str, type[Settings]], ...] = (
     ("Training", "For `tandemrec train`, `plan` and `bench`.", Config),
     ("Ingest", "For `tandemrec ingest`.", IngestConfig),
+    ("Serve", "For `tandemrec serve --config`.", ServeSettings),
 )
 # Keys of text whose values are the names of a table, and whose meanings the docstrings there.
 _TABLES: dict[str, Mapping[str, Any]] = {

@@ -9,7 +9,7 @@ from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embeddings.groups import TableGroup
-from embeddings.lookup.stored import PatchedRows, StoredTable, sum_bags
+from embeddings.lookup.stored import RowStore, StoredTable, sum_bags
 
 
 class PlainBagCollection(nn.Module):
@@ -29,13 +29,26 @@ class PlainBagCollection(nn.Module):
         self.group = group
         for table in group.all_tables:
             name, stored = group.table_name(table), weights[group.table_name(table)]
-            if isinstance(stored, PatchedRows):
+            if isinstance(stored, RowStore):
                 # No buffer: it is none of the module's own memory, nor goes to another device.
                 setattr(self, name, stored)
             elif trainable:
                 self.register_parameter(name, nn.Parameter(stored.clone()))
             else:
                 self.register_buffer(name, stored, persistent=False)
+
+    def tables(self) -> dict[str, StoredTable]:
+        """Table name -> what its rows are looked up in."""
+        names = [self.group.table_name(table) for table in self.group.all_tables]
+        return {name: getattr(self, name) for name in names}
+
+    def put(self, name: str, stored: StoredTable) -> None:
+        """Look the rows of a table up in something else that has the same rows."""
+        delattr(self, name)
+        if isinstance(stored, RowStore):
+            setattr(self, name, stored)
+        else:
+            self.register_buffer(name, stored, persistent=False)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """KJT of stride B -> KeyedTensor whose values are [B, sum of dims]."""
@@ -45,4 +58,5 @@ class PlainBagCollection(nn.Module):
             weight = getattr(self, self.group.table_name(table))
             pooled.append(sum_bags(weight, bag.values(), bag.offsets().to(bag.values().dtype)))
         dims = [table.dim for table in self.group.all_tables]
-        return KeyedTensor(self.group.keys, dims, torch.cat(pooled, dim=1))
+        # The only one as it is: a copy takes as long as the lookup.
+        return KeyedTensor(self.group.keys, dims, pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1))

@@ -9,6 +9,7 @@ The type of a stored tensor says which of the three it is.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -58,8 +59,24 @@ def to_stored(rows: Tensor, dtype: Dtype) -> Tensor:
     return stored.contiguous()
 
 
+class RowStore(ABC):
+    """A stored table [rows, columns] whose rows are put together when they are asked for."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
+
+    @abstractmethod
+    def index_select(self, ids: Tensor) -> Tensor:
+        """Stored rows [n, columns] of ids [n]; IndexError for one outside of the table."""
+
+
 @dataclass(frozen=True)
-class PatchedRows:
+class PatchedRows(RowStore):
     """A stored table [rows, columns] as it was, and the rows that changed since; nothing is put together.
 
     Looking up takes one binary search in each patch, and no memory but that of the rows that are asked for:
@@ -97,12 +114,12 @@ class PatchedRows:
 
 
 # What `sum_bags` looks rows up in.
-StoredTable = Tensor | PatchedRows
+StoredTable = Tensor | RowStore
 
 
 def rows_at(stored: StoredTable, ids: Tensor) -> Tensor:
     """Stored rows [n, columns] of ids [n]."""
-    return stored.index_select(ids) if isinstance(stored, PatchedRows) else stored.index_select(0, ids)
+    return stored.index_select(ids) if isinstance(stored, RowStore) else stored.index_select(0, ids)
 
 
 def sum_bags(stored: StoredTable, ids: Tensor, offsets: Tensor) -> Tensor:
@@ -111,13 +128,17 @@ def sum_bags(stored: StoredTable, ids: Tensor, offsets: Tensor) -> Tensor:
     Args:
         stored: a table, possibly memory-mapped; ids: of all bags; offsets: [B + 1], where each begins.
     """
-    if isinstance(stored, PatchedRows):
+    if isinstance(stored, RowStore):
         stored, ids = stored.index_select(ids), torch.arange(ids.numel(), device=ids.device)
     if stored.dtype == torch.uint8:
         pooled: Tensor = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
             stored, ids, offsets, include_last_offset=True
         )
         return pooled
+    if stored.dtype == torch.float16 and bool((offsets.diff() <= 1).all()):
+        # The row of a bag that holds one id is a half already: no sum is rounded.
+        alone: Tensor = F.embedding_bag(ids, stored, offsets, mode="sum", include_last_offset=True)
+        return alone.float()
     if stored.dtype == torch.float16:
         # Sums in float32: a kernel over halves would round each sum to a half again.
         stored, ids = stored.index_select(0, ids).float(), torch.arange(ids.numel(), device=ids.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -153,7 +154,7 @@ class DuckEngine:
         whole = [column for column, kind in table.schema().items() if kind.is_int64()]
         columns = ", ".join(f'"{column}"::BIGINT AS "{column}"' for column in whole)
         replaced = f"* REPLACE ({columns})" if whole else "*"
-        query = f"{verb} SELECT {replaced} FROM ({ibis.to_sql(table, dialect='duckdb')})"
+        query = f"{verb} SELECT {replaced} FROM ({_sql_of(table, 'duckdb')})"
         self._run(lambda: self._duck.con.execute(query))
         return self._duck.table(name)
 
@@ -179,7 +180,7 @@ class DuckEngine:
         self._duck.disconnect()
 
     def _query(self, table: ir.Table) -> Any:
-        return self._duck.con.sql(ibis.to_sql(table, dialect="duckdb"))
+        return self._duck.con.sql(_sql_of(table, "duckdb"))
 
     def _run(self, work: Callable[[], Result]) -> Result:
         import duckdb
@@ -194,6 +195,17 @@ class DuckEngine:
             if told is None:
                 raise
             raise told from error
+
+
+def _sql_of(table: ir.Table, dialect: str) -> str:
+    """The query of an expression, whatever engine its tables belong to."""
+    return _compiled(table.unbind().op(), dialect)
+
+
+@lru_cache(512)
+def _compiled(query: Any, dialect: str) -> str:
+    """Ibis takes tens of milliseconds for a query; buckets, splits and later ingests ask the same ones."""
+    return str(ibis.to_sql(query.to_expr(), dialect=dialect, pretty=False))
 
 
 def _connect_duckdb(file: Path, settings: Mapping[str, str]) -> Any:
@@ -323,7 +335,7 @@ class SparkEngine:
             raise told from error
 
     def _frame(self, table: ir.Table) -> Any:
-        return self._session.sql(ibis.to_sql(table, dialect="pyspark"))
+        return self._session.sql(_sql_of(table, "pyspark"))
 
     def _view(self, frame: Any, name: str = "") -> ir.Table:
         name = name or ibis.util.gen_name("raw")

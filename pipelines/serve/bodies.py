@@ -42,6 +42,8 @@ class ResultBody(BaseModel):
         history_used: behaviors that the model could see: older than the request, and at most as many as it
             reads; the newest of those that were sent.
         items: of a body with raw ids, the candidates' `item_id` as they were sent.
+        user_state: with `explain`, what was known of the user: `hit`, `extended`, `miss` or `stale`; None:
+            no state is kept of the user.
         unknown: of a body with raw ids, how many stand for nothing the model was trained on, by place; of
             features whose ids come and go, how many have no row of their own.
     """
@@ -51,6 +53,7 @@ class ResultBody(BaseModel):
     items: list[int | str] | None = None
     unknown: dict[str, int] | None = None
     kept: dict[str, list[KeptBody]] | None = None
+    user_state: str | None = None
     uncertainty: dict[str, SurenessBody] | None = None
 
 
@@ -75,10 +78,36 @@ class ReadyBody(BaseModel):
     updates: str
 
 
+class LatestBody(BaseModel):
+    """What LATEST says of newer versions.
+
+    Attributes:
+        problem: why the version that it names is not the one that is served; None where it is.
+        looks: how often a look found what.
+    """
+
+    problem: str | None
+    looks: dict[str, int]
+
+
+class StatesBody(BaseModel):
+    """What is kept of users between their requests.
+
+    Attributes:
+        outcomes: of scored requests, what was known of their users.
+        entries, bytes: that are held in memory now.
+    """
+
+    outcomes: dict[str, int]
+    entries: int
+    bytes: int
+
+
 class HealthBody(BaseModel):
     """State, and what a client must know of the snapshot.
 
     Attributes:
+        problem: why no requests should be sent here, as `/readyz` says.
         numbers: features that are numbers, which are sent as such, and the settings of their encoders.
         raw: features whose raw values may be sent instead of ids.
         living: features whose ids come and go, and may be any 64-bit integers; hashed: those of them that may
@@ -86,9 +115,14 @@ class HealthBody(BaseModel):
         uncertainty: whether it can say how sure it is.
         users: what a raw `user_id` is, `text` or `integers`; None: the server has no histories.
         refused: the newest version that was refused; updates: why newer ones cannot be looked for.
+        exported_at, served_since: of the version, in seconds since 1970; older versions do not say the first.
+        limits: of one body, by the keys of `[limits]`.
+        queue: bodies that are not answered; of those that wait, calls of the model and their cost.
+        user_states: None where none are kept.
     """
 
     status: str
+    problem: str | None
     version: str
     step: int
     tasks: list[str]
@@ -106,6 +140,12 @@ class HealthBody(BaseModel):
     uptime_seconds: float
     refused: dict[str, str] | None
     updates: UpdatesBody | None
+    latest: LatestBody
+    exported_at: float | None
+    served_since: float
+    limits: dict[str, int]
+    queue: dict[str, int]
+    user_states: StatesBody | None
 
 
 class ReloadBody(BaseModel):
@@ -113,3 +153,14 @@ class ReloadBody(BaseModel):
 
     version: str
     switched: bool
+
+
+class LiveBody(BaseModel):
+    """The process works."""
+
+    status: str
+
+
+def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors that a path may answer, for its description."""
+    return {status: {"model": ErrorBody} for status in statuses}

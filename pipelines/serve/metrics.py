@@ -1,4 +1,7 @@
-"""What the server counts, for Prometheus; in a registry of its own, so that two servers do not mix."""
+"""What the server counts, for Prometheus; in a registry of its own, so that two servers do not mix.
+
+Whoever traces single bodies is told of the same events.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
-from trainer.serving.observer import Loss, ModelCall, Observer
+from pipelines.serve.logs import Log
+from pipelines.serve.traces import Tracer
+from trainer.serving.observer import Follow, Loss, ModelCall, Observer
 from trainer.serving.scorer import Scorer
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -19,7 +25,10 @@ class Metrics(Observer):
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: Tracer | None = None) -> None:
+        self.tracer = tracer
+        # Set by the service.
+        self.log: Log | None = None
         self._registry = CollectorRegistry()
         counter = partial(Counter, registry=self._registry)
         gauge = partial(Gauge, registry=self._registry)
@@ -37,9 +46,14 @@ class Metrics(Observer):
         self.reloads = counter("tandemrec_reloads", "Attempts to reload, by outcome", ["outcome"])
         self.poll_failures = counter("tandemrec_poll_failures", "Looks for a newer version that failed")
         self.poll_failing = gauge("tandemrec_poll_failing", "1 while looking for a newer version fails")
-        self.in_flight = gauge("tandemrec_in_flight_bytes", "Bytes held for bodies and answers")
         self.losses = counter("tandemrec_lost", "Bodies that were not answered, by cause", ["why"])
         self.unknown = counter("tandemrec_unknown_values", "Values that the model does not know")
+        self.grpc_calls = counter("tandemrec_grpc_calls", "Calls over gRPC, by code", ["method", "code"])
+        self.disconnects = counter("tandemrec_disconnects", "Clients that left before their answer")
+
+    def watch(self, state: Collector) -> None:
+        """Tell besides what is so when somebody asks."""
+        self._registry.register(state)
 
     def serving(self, scorer: Scorer) -> None:
         """Another version is served from now on."""
@@ -49,6 +63,11 @@ class Metrics(Observer):
 
     def decoded(self, seconds: float) -> None:
         self.stage.labels("decode").observe(seconds)
+        if self.tracer is not None:
+            self.tracer.decoded(seconds)
+
+    def follow(self) -> Follow | None:
+        return None if self.tracer is None else self.tracer.follow()
 
     def called(self, call: ModelCall) -> None:
         self.requests.inc(call.requests)
@@ -62,6 +81,11 @@ class Metrics(Observer):
     def answered(self, seconds: float, unknown: int) -> None:
         self.latency.observe(seconds)
         self.unknown.inc(unknown)
+
+    def unsound(self, version: str, where: str) -> None:
+        if self.log is not None:
+            problem = f"not ready: the version {version} answers with what is no number: {where}"
+            self.log.say("unsound", problem, version=version)
 
     def lost(self, why: Loss) -> None:
         self.losses.labels(why).inc()

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
-from pathlib import Path
 
-from embeddings.errors import ConfigError, TandemError
+from embeddings.errors import TandemError
+from pipelines.serve.logs import Log
 from pipelines.serve.metrics import Metrics
 from trainer.serving.versions import Versions
 
 _LONGEST_WAIT = 60.0
-
-
-def say(line: str) -> None:
-    """One line for the log. Its disk may be full: that must not end what a server does."""
-    with suppress(Exception):
-        print(" ".join(line.split()), flush=True)
 
 
 class Updates:
@@ -29,8 +22,8 @@ class Updates:
         problem: why the newest look failed, or None; failures: looks that failed since one did not.
     """
 
-    def __init__(self, versions: Versions, metrics: Metrics, seconds: float) -> None:
-        self._versions, self._metrics, self.seconds = versions, metrics, seconds
+    def __init__(self, versions: Versions, metrics: Metrics, seconds: float, log: Log) -> None:
+        self._versions, self._metrics, self.seconds, self._log = versions, metrics, seconds, log
         self.problem: str | None = None
         self.failures = 0
 
@@ -59,11 +52,11 @@ class Updates:
                 # A problem is told once, not at every look: the disk of the log may be what is full.
                 if problem != self.problem:
                     serving = f"still serving {self._versions.scorer.version}"
-                    say(f"{serving}; cannot look for newer versions: {problem}")
+                    self._say("updates fail", f"{serving}; cannot look for newer versions: {problem}")
                 self.problem = problem
                 continue
             if self.problem is not None:
-                say("looking for newer versions works again")
+                self._say("updates work", "looking for newer versions works again")
             self.problem, self.failures = None, 0
             self._metrics.poll_failing.set(0)
 
@@ -76,22 +69,10 @@ class Updates:
         except TandemError as error:
             if self._versions.refused == before:
                 raise
-            say(f"still serving {self._versions.scorer.version}: {error}")
+            self._say("version refused", f"still serving {self._versions.scorer.version}: {error}")
             return
         if switched:
-            say(f"now serving {self._versions.shown()}")
+            self._say("version served", f"now serving {self._versions.shown()}")
 
-
-def read_token(file: Path) -> str:
-    """What POST /reload must bring, from a file that others cannot read.
-
-    Raises:
-        ConfigError: it is missing, or too short to be secret.
-    """
-    try:
-        token = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: the token cannot be read: {error}") from None
-    if len(token) < 16 or not token.isascii() or not token.isprintable():
-        raise ConfigError(f"{file}: a token is a line of 16 or more plain characters")
-    return token
+    def _say(self, event: str, message: str) -> None:
+        self._log.say(event, message, version=self._versions.scorer.version)

@@ -176,16 +176,20 @@ class ItemCatalogue:
             f"SELECT {differ} AS conflict, bool_or({_CANDIDATE}) AS candidate FROM variants {known} "
             f"GROUP BY {_ITEM}"
         )
-        row = self._duck.execute(
+        row = self._row(
             "SELECT count(*), coalesce(sum(conflict::INT), 0), coalesce(sum((NOT candidate)::INT), 0) "
             f"FROM ({per_item})"
-        ).fetchone()
+        )
         self.counts = {"items": int(row[0]), "conflicts": int(row[1])}
         if self._wanted.of_candidates_alone:
             self.counts["never_candidates"] = int(row[2])
         if known:
             unknown = f"SELECT coalesce(sum(seen), 0) FROM variants WHERE {_ITEM} = 0"
-            self.counts["unknown_occurrences"] = int(self._duck.execute(unknown).fetchone()[0])
+            self.counts["unknown_occurrences"] = int(self._row(unknown)[0])
+
+    def _row(self, query: str) -> Any:
+        # All of it is fetched: DuckDB refuses other queries before.
+        return self._duck.execute(query).fetchall()[0]
 
     def stream(self) -> Iterator[Items]:
         """All items, by group and id, both ascending."""

@@ -18,6 +18,7 @@ from trainer.snapshot.retrieval.recall import Queries
 from trainer.snapshot.retrieval.spaces.space import Space
 from trainer.snapshot.retrieval.vector_files import Floats
 
+_NONE: Floats = np.zeros((0, 1), dtype=np.float32)
 # Row groups that queries come from, if there are as many.
 _PLACES = 16
 # Group -> the rows of its items.
@@ -36,7 +37,7 @@ def _taken(parts: Iterator[Floats], wanted: int) -> Floats:
         found.append(part[: wanted - sum(map(len, found))])
         if sum(map(len, found)) >= wanted:
             break
-    return np.concatenate(found)
+    return np.concatenate(found) if found else _NONE
 
 
 def user_queries(source: UserSource, stretches: Stretches, rows: int, wanted: int, seed: int) -> Queries:
@@ -62,6 +63,8 @@ def user_queries(source: UserSource, stretches: Stretches, rows: int, wanted: in
             left -= len(chosen)
             if left <= 0:
                 break
+    if not vectors:
+        return Queries(_NONE, np.zeros((0, 2), dtype=np.int64))
     return Queries(np.concatenate(vectors)[:wanted], np.concatenate(within)[:wanted])
 
 

@@ -37,7 +37,7 @@ def write_index(job: Job, part: Path, wanted: ItemColumns) -> IndexInfo:
     files = [f"index.{head}.faiss" for head in range(heads)]
     for head, name in enumerate(files):
         asked = queries.of_head(head, heads)
-        best, _ = best_products(file, queries, ks[-1], head, heads)
+        best, _ = best_products(file, asked, ks[-1], head, heads)
         index = build_index(file, kind, head, heads)
         of_heads.append([measured(index, kind, setting, asked, best, ks) for setting in kind.settings])
         # A file for each head, written before the next one is built: one is in memory at a time.

@@ -16,9 +16,11 @@ import torch
 
 import trainer.serving.versions as versions_module
 from pipelines.export_version import copy_wanted_vocabularies, inputs_of
-from pipelines.serve.app import Service, build_app
-from pipelines.serve.load import LoadLimits
+from pipelines.serve.app import build_app
 from pipelines.serve.metrics import Metrics
+from pipelines.serve.service import Service
+from pipelines.serve.settings import load_serve_settings
+from pipelines.serve.tokens import Token
 from tests.helpers.logs import Row
 from tests.helpers.models import drawing, model_of
 from trainer.assemble import feature_rows, resolve_groups
@@ -30,7 +32,6 @@ from trainer.run_folder import versions
 from trainer.serving.histories import HistoryStore
 from trainer.serving.json_body import RequestBody
 from trainer.serving.request import Limits
-from trainer.serving.scheduler import BatchSettings
 from trainer.serving.versions import Versions
 from trainer.snapshot import Snapshot
 from trainer.snapshot.loading import RecordedRequests
@@ -41,6 +42,15 @@ from trainer.snapshot.writing import Draft, Source, finish
 
 ARROW = "application/vnd.apache.arrow.stream"
 TOKEN = "a token for the tests"
+
+
+class OneToken(Token):
+    """TOKEN, without a file."""
+
+    def __init__(self) -> None: ...
+
+    def is_in(self, authorization: str) -> bool:
+        return authorization == f"Bearer {TOKEN}"
 
 
 @dataclass(frozen=True)
@@ -218,25 +228,26 @@ def service_of(
     poll: float = 0.0,
     **settings: Any,
 ) -> Service:
-    """A service of a snapshot that lies in memory only; `settings` are limits, or how requests are batched.
-
-    Whoever reloads it must bring TOKEN.
-
-    Limits and batching both have `requests`: it is that of a body.
-    """
+    """A service of a snapshot that lies in memory only; `settings` by their keys: `limits__body=20_000`."""
     monkeypatch.setattr(versions_module, "load_fetched", lambda path, cache: snapshot)
     monkeypatch.setattr(versions_module, "resolve", lambda path: snapshot.path)
     metrics = Metrics()
     store = None if log is None else HistoryStore(log)
-    versions = Versions(snapshot.path, store, lambda outcome: metrics.reloads.labels(outcome).inc())
-    limits = {name: settings.pop(name) for name in list(settings) if name in Limits.__annotations__}
-    load = settings.pop("load", LoadLimits())
-    return Service(versions, metrics, Limits(**limits), BatchSettings(**settings), poll, load, TOKEN)
+    words = [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    chosen = load_serve_settings(None, [f"updates.poll_seconds={poll}", *words])
+    versions = Versions(
+        snapshot.path,
+        store,
+        lambda outcome: metrics.reloads.labels(outcome).inc(),
+        user_states=chosen.user_states,
+    )
+    service = Service(versions, metrics, chosen)
+    service.reload_token = OneToken()
+    return service
 
 
 def set_limits(service: Service, limits: Limits) -> None:
     """Other limits from now on."""
-    service.limits = limits
     service.core.settings = replace(service.core.settings, limits=limits)
 
 

@@ -364,10 +364,19 @@ def test_a_wrong_configuration_is_told_once_before_any_rank_starts(
     assert not (tmp_path / "run").exists()
 
 
-def started(app: specs.AppDef) -> str:
-    """Run a component's line word for word, but for the slow imports; -> what it printed."""
+def started(app: specs.AppDef, torchrun: bool = False) -> str:
+    """Run a component's line word for word, but for the slow imports; -> what it printed.
+
+    Args:
+        torchrun: run it under torchrun where the line says so, which takes ten seconds of a core; else what
+            torchrun is told to start, in one process.
+    """
     role, words = app.roles[0], shlex.split(_command(app))
     assert words[:3] == ["exec", "python", "-m"] and role.num_replicas == 1
+    if words[3] == "torch.distributed.run" and not torchrun:
+        one = ["--standalone", "--nnodes=1", "--nproc-per-node=1", "--max-restarts=0", "-m", "--"]
+        assert words[4:10] == one, "torchrun starts every verb as it starts training"
+        words[3:10] = []
     done = launched(*words[3:])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
@@ -377,7 +386,7 @@ def test_every_component_runs(tmp_path: Path) -> None:
     log, run, config = small_log(tmp_path / "log"), tmp_path / "run", str(ROOT / "configs/dare.toml")
     changed = {**SETTINGS, "data.log": str(log), "train.max_steps": 2}
     words = [f"{key}={json.dumps(value)}" for key, value in changed.items()]
-    assert "samples in 2 steps" in started(train(*words, config=config, out=str(run)))
+    assert "samples in 2 steps" in started(train(*words, config=config, out=str(run)), torchrun=True)
     assert "trained model" in started(evaluate(run=str(run), split="validation"))
     snapshot = f"snapshot {tmp_path / 'snap' / 'v00000001'}: step 2"
     assert snapshot in started(export(run=str(run), out=str(tmp_path / "snap")))
@@ -410,7 +419,17 @@ def test_torchrun_takes_no_option_of_ours_for_its_own() -> None:
                 parser.parse_args(["-m", "launch.cli", *words])
             except SystemExit:
                 ambiguous.append(f"{verb} {option}")
-    assert ambiguous == ["evaluate --run", "export --run", "unshard --run", "cluster --log", "windows --log"]
+    assert ambiguous == [
+        *(
+            "evaluate --run",
+            "export --run",
+            "export --log",
+            "unshard --run",
+            "cluster --log",
+            "windows --log",
+        ),
+        "vectors --log",
+    ]
 
 
 def test_one_environment_holds_one_set_and_a_gpu_takes_one_rank(tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ _VERBS: dict[str, tuple[set[str], str]] = {
         | {"vocabulary", "files", "engine"},
         "one with protocol, [events] and [split], such as configs/ingest_time_split.toml",
     ),
+    "serve": (
+        {"http", "grpc", "inference", "limits", "batching", "user_states", "hot_rows", "updates", "access"}
+        | {"logs", "traces", "drain"},
+        "one with sections such as [http] and [limits]; every key has a default, see docs/config.md",
+    ),
 }
 
 

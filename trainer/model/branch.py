@@ -112,12 +112,20 @@ class Branch(nn.Module):
         """What makes scores, of both stages, and nothing else."""
         return [each for each in (self.scorer, self.search, self.cross) if each is not None]
 
-    def retrieve(self, batch: RequestBatch, vectors: Mapping[str, Tensor], windows: Windows) -> Retrieval:
+    def retrieve(
+        self,
+        batch: RequestBatch,
+        vectors: Mapping[str, Tensor],
+        windows: Windows,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> Retrieval:
         """Which K behaviors each candidate keeps.
 
-        `vectors` are [N + C, width] of the groups that serve the attention roles.
+        Args:
+            vectors: [N + C, width] of the groups that serve the attention roles; [C, width] where all that
+                `of_behaviors` gives is `known`.
         """
-        raw = self._attention_vectors(batch, vectors)
+        raw = self._attention_vectors(batch, vectors, known)
         if self.scorer is None or self.search is None:
             everything = Selection(windows.index, windows.mask, windows.marks, windows.log_size)
             return Retrieval(windows, raw, raw, everything, whole=False)
@@ -133,6 +141,8 @@ class Branch(nn.Module):
             return None
         if retrieval.whole:
             score_CHK = self.scorer.over_windows(retrieval.vectors, retrieval.windows)
+        elif retrieval.selection.score is not None:
+            score_CHK = retrieval.selection.score[:, None]
         else:
             score_CHK = self.scorer.of_kept(retrieval.vectors, retrieval.selection)
         return WEIGHTS[self.settings.weights](score_CHK, retrieval.selection.mask[:, None])
@@ -165,25 +175,59 @@ class Branch(nn.Module):
             value_SD=torch.cat([each.value_SD for each in kept], dim=1),
         )
 
-    def _attention_vectors(self, batch: RequestBatch, vectors: Mapping[str, Tensor]) -> AttentionVectors:
-        n, roles = batch.behaviors, self.settings.roles
+    def of_behaviors(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All that follows from behaviors whatever the candidates and requests, by name: [N, *] each.
+
+        Args:
+            vectors: [N, width] of the groups that `behavior_groups` names.
+        """
+        found, roles = {}, self.settings.roles
         if self.settings.attend != ():
-            query_CD = vectors[roles.attention_target][n:]
-            key_ND = at_least_one_row(vectors[roles.attention_behavior][:n])
+            key_ND = found["raw"] = self._attended(vectors[roles.attention_behavior])
+            makers = [self.scorer, self.search] if self.search is not None else [self.experts[0].sequence]
+            for maker in makers:
+                assert isinstance(maker, Scorer | Search | SequenceModel)
+                found |= maker.of_behaviors(key_ND)
+        if self.cross is not None:
+            found["cross"] = self.cross(vectors[roles.cross])
+        return found
+
+    @property
+    def behavior_groups(self) -> list[str]:
+        """Groups that behaviors are looked up in for stage one."""
+        roles = self.settings.roles
+        attended = [roles.attention_behavior] if self.settings.attend != () else []
+        return attended + ([roles.cross] if roles.cross else [])
+
+    def _attention_vectors(
+        self, batch: RequestBatch, vectors: Mapping[str, Tensor], known: Mapping[str, Tensor] | None
+    ) -> AttentionVectors:
+        n, roles = 0 if known is not None else batch.behaviors, self.settings.roles
+        if self.settings.attend != ():
+            query_CD = self._attended(vectors[roles.attention_target][n:])
+            if known is None:
+                key_ND = self._attended(at_least_one_row(vectors[roles.attention_behavior][:n]))
+            else:
+                key_ND = known["raw"]
         else:
             # Time alone is scored.
             query_CD = batch.labels.new_zeros(batch.candidates, 0)
-            key_ND = batch.labels.new_zeros(max(n, 1), 0)
-        if self.columns:
-            query_CD, key_ND = (
-                torch.cat([part[:, columns] for columns in self.columns], dim=1)
-                for part in (query_CD, key_ND)
-            )
+            key_ND = batch.labels.new_zeros(max(batch.behaviors, 1), 0)
         group_C = torch.zeros_like(batch.candidate_request)
         if self.settings.time_group:
             group_C = first_ids(batch, self.settings.time_group)[1]
-        cross_N = self.cross(at_least_one_row(vectors[roles.cross][:n])) if self.cross is not None else None
-        return AttentionVectors(query_CD, key_ND, group_C, cross_N)
+        cross_N = None
+        if self.cross is not None:
+            cross_N = (
+                self.cross(at_least_one_row(vectors[roles.cross][:n])) if known is None else known["cross"]
+            )
+        return AttentionVectors(query_CD, key_ND, group_C, cross_N, known)
+
+    def _attended(self, vector_ND: Tensor) -> Tensor:
+        """The attended columns."""
+        if not self.columns:
+            return vector_ND
+        return torch.cat([vector_ND[:, columns] for columns in self.columns], dim=1)
 
 
 class CrossBias(nn.Module):

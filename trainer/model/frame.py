@@ -30,6 +30,7 @@ from trainer.model.heads.head import HeadInput, HeadOutput, HeadSizes
 from trainer.model.heads.owned import OwnedAttention
 from trainer.model.heads.products import Products
 from trainer.model.heads.retrieval import Retrieved
+from trainer.model.known import KnownBehaviors
 from trainer.model.read.sequence import Behaviors
 from trainer.model.retrieve.search import Retrieval
 from trainer.model.settings import ModelConfig
@@ -97,18 +98,21 @@ class Branches(nn.ModuleDict):
         """Name -> branch."""
         return {name: branch for name, branch in self.items() if isinstance(branch, Branch)}
 
-    def forward(self, batch: RequestBatch, vectors: Mapping[str, Tensor]) -> Retrievals:
-        """`vectors`: [N + C, width] of the groups that are looked up first."""
+    def forward(
+        self, batch: RequestBatch, vectors: Mapping[str, Tensor], known: KnownBehaviors | None = None
+    ) -> Retrievals:
+        """`vectors`: [N + C, width] of the groups that are looked up first; [C, width] with `known`."""
         windows: dict[tuple[int, bool], Windows] = {}
         retrievals = {}
         for name, branch in self.named().items():
             looks_at = branch.settings.newest, branch.settings.clusters
             if looks_at not in windows:
                 windows[looks_at] = windows_of(batch, self.history_length, *looks_at)
-            retrievals[name] = branch.retrieve(batch, vectors, windows[looks_at])
+            of_branch = None if known is None else known.of_branch[name]
+            retrievals[name] = branch.retrieve(batch, vectors, windows[looks_at], of_branch)
         device, one_id = batch.behavior_time.device, batch.host_sizes.one_id
-        alone = select_bags(batch.features, _bags_of_candidates(batch), one_id) if self.alone else None
-        if not self.selects:
+        alone = select_bags(batch.features, bags_of_candidates(batch), one_id) if self.alone else None
+        if not (self.selects if known is None else known.selects):
             return Retrievals(self, retrievals, None, None, alone)
         kept = [each.windows if each.whole else each.selection for each in retrievals.values()]
         if device.type != "cpu" if self.pads is None else self.pads:
@@ -124,12 +128,12 @@ class Branches(nn.ModuleDict):
         else:
             rows = union_of(kept, batch.behaviors)
         behavior_S, place_N = rows
-        bag_S = torch.cat([behavior_S, _bags_of_candidates(batch)])
+        bag_S = torch.cat([behavior_S, bags_of_candidates(batch)])
         bags = select_bags(batch.features, bag_S, one_id)
         return Retrievals(self, retrievals, bags, place_N, alone)
 
 
-def _bags_of_candidates(batch: RequestBatch) -> Tensor:
+def bags_of_candidates(batch: RequestBatch) -> Tensor:
     """Where the candidates are among the bags of a batch, int64 [C]."""
     return batch.behaviors + torch.arange(batch.candidates, device=batch.behavior_time.device)
 
@@ -165,8 +169,10 @@ class Pooling(nn.Module):
         retrievals: Retrievals,
         first: Mapping[str, Tensor],
         late: Mapping[str, Tensor],
+        known: KnownBehaviors | None = None,
     ) -> Pooled:
         """`first`: of all behaviors and candidates, and of requests; `late`: of `retrievals.bags`."""
+        rows_of = {} if known is None else known.rows
         of_branch: dict[str, Reading] = {}
         branches = retrievals.branches.named()
         # Rows of each group: target [C, D], behaviors [S, D].
@@ -177,13 +183,14 @@ class Pooling(nn.Module):
         for name in dict.fromkeys(groups):
             vectors = late[name] if name in late else first[name]
             count = vectors.shape[0] - batch.candidates
-            rows[name] = vectors[count:], at_least_one_row(vectors[:count])
+            rows[name] = vectors[count:], rows_of.get(name, at_least_one_row(vectors[:count]))
         for name, branch in branches.items():
             retrieval, roles = retrievals.of_branch[name], branch.settings.roles
             place = retrieval.index
-            if roles.representation_behavior in late and retrievals.place_N is not None:
+            behavior = roles.representation_behavior
+            if behavior in late and behavior not in rows_of and retrievals.place_N is not None:
                 place = retrievals.place_N[place]
-            target_CD, value_SD = rows[roles.representation_target][0], rows[roles.representation_behavior][1]
+            target_CD, value_SD = rows[roles.representation_target][0], rows[behavior][1]
             behaviors = Behaviors(**vars(retrieval), target_CD=target_CD, value_SD=value_SD, place=place)
             of_branch[name] = Reading(branch, behaviors, branch.weigh(retrieval))
         read: dict[tuple[str, bool], dict[str, list[Tensor]]] = {}
@@ -294,19 +301,12 @@ class TwoStageModel(nn.Module):
             # A collection takes from the bags those of its own features.
             late = self.lookups(
                 {
-                    name: self._looked_up(
-                        name, retrievals.candidates if name in self.alone else retrievals.bags
-                    )
+                    name: self.look_up(name, retrievals.candidates if name in self.alone else retrievals.bags)
                     for name in self.late
                 }
             )
         pooled = self.pooling(batch, retrievals, first, late)
-        if torch.is_grad_enabled() and len(self.owned.runs) > 1:
-            output = self.owned([self.head(pooled.given[run]) for run in range(len(self.owned.runs))])
-        else:
-            output = self.head(pooled.given[0])
-        if self.products is not None:
-            output = self.products(output)
+        output = self.judge(pooled)
         auxiliary = retrieved = None
         if self.auxiliary is not None and self.training:
             main = pooled.of_branch["main"]
@@ -316,6 +316,15 @@ class TwoStageModel(nn.Module):
             else:
                 auxiliary = given if self.products is None else self.products(HeadOutput(given)).logits
         return Prediction(output.logits, auxiliary, output.base, output.experts, retrieved)
+
+    def judge(self, pooled: Pooled) -> HeadOutput:
+        """What the head says of what stage two read."""
+        output: HeadOutput
+        if torch.is_grad_enabled() and len(self.owned.runs) > 1:
+            output = self.owned([self.head(pooled.given[run]) for run in range(len(self.owned.runs))])
+        else:
+            output = self.head(pooled.given[0])
+        return output if self.products is None else self.products(output)
 
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Selection]:
@@ -330,12 +339,12 @@ class TwoStageModel(nn.Module):
     def _stage_one(self, batch: RequestBatch) -> tuple[Retrievals, dict[str, Tensor]]:
         """What each branch kept, and the vectors that were looked up for it."""
         # All are started before any is waited for.
-        pooled = {name: self._looked_up(name, batch.features) for name in self.first}
-        pooled |= {name: self._looked_up(name, batch.context) for name in self.of_requests}
+        pooled = {name: self.look_up(name, batch.features) for name in self.first}
+        pooled |= {name: self.look_up(name, batch.context) for name in self.of_requests}
         vectors = self.lookups(pooled)
         return self.branches(batch, vectors), vectors
 
-    def _looked_up(self, name: str, bags: KeyedJaggedTensor) -> KeyedTensor:
+    def look_up(self, name: str, bags: KeyedJaggedTensor) -> KeyedTensor:
         """What the collection of a group gives; of a frozen group without a graph, as its rows stay."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.lookups.frozen):
             return self.collections[name](bags)

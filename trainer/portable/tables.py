@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embeddings.groups import TableGroup
-from embeddings.lookup.stored import PatchedRows, StoredTable
+from embeddings.lookup.stored import RowStore, StoredTable
 from trainer.portable.padded import PaddedBags
 
 # Rows of a table that are put together at once where a version is a delta.
@@ -31,8 +31,8 @@ class TableParts(NamedTuple):
 
 def parts_of(stored: StoredTable) -> TableParts:
     """A table's parts; the rows of fp32 and fp16 tables are the stored tensor itself, which may be mapped."""
-    if isinstance(stored, PatchedRows):
-        ids = torch.arange(stored.rows).split(_ROWS)
+    if isinstance(stored, RowStore):
+        ids = torch.arange(stored.shape[0]).split(_ROWS)
         stored = torch.cat([stored.index_select(some) for some in ids])
     if stored.dtype != torch.uint8:
         return TableParts(stored, None)

@@ -52,7 +52,7 @@ def read_arrow(
         RequestError: 413 above a limit, 404 for an unknown user, 422 for anything else.
     """
     requests: list[Request] = []
-    values_left = _ValuesLeft(limits.ids)
+    values_left = ValuesLeft(limits.ids)
     try:
         check_messages(body)
         with pa.ipc.open_stream(body) as reader:
@@ -66,11 +66,11 @@ def read_arrow(
                 raise RequestError(422, problem)
             for batch in reader:
                 if len(requests) + batch.num_rows > limits.requests:
-                    raise RequestError(413, f"more than {limits.requests} requests (--max-requests)")
-                columns = _checked_columns(batch, needs)
+                    raise RequestError(413, f"more than {limits.requests} requests (limits.requests)")
+                columns = checked_columns(batch, needs)
                 for row in range(columns.num_rows):
                     translation = Translation(vocabularies or {}, users) if ids == b"raw" else None
-                    form = _ArrowForm(columns, row, len(requests), values_left, needs, translation)
+                    form = ArrowForm(columns, row, len(requests), values_left, needs, translation)
                     requests.append(form.request(stored, limits))
     except (*PARQUET_ERRORS, struct.error, IndexError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -105,8 +105,12 @@ def write_arrow(answers: Sequence[Answer], tasks: Sequence[str], version: str) -
     return bytes(sink.getvalue())
 
 
-def _checked_columns(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
-    """The columns that are read, each checked to be what it says."""
+def checked_columns(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
+    """The columns that are read, each checked to be what it says.
+
+    Raises:
+        RequestError: 422 naming the column.
+    """
     columns = batch.schema.names
     for part in needs.parts:
         if part is needs.history and "history_timestamp" not in columns:
@@ -134,8 +138,8 @@ def _checked_columns(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
     return batch
 
 
-class _ValuesLeft:
-    """How many values a body may still hold; rows may share the same ones, and then each counts."""
+class ValuesLeft:
+    """Counts down how many values a body may still hold. Where rows share some, each row's count."""
 
     def __init__(self, most: int) -> None:
         self.most = self.left = most
@@ -143,10 +147,10 @@ class _ValuesLeft:
     def take(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
-            raise RequestError(413, f"more values than the server takes, {self.most:,} (--max-ids)")
+            raise RequestError(413, f"more values than the server takes, {self.most:,} (limits.ids)")
 
 
-class _ArrowForm(RequestForm):
+class ArrowForm(RequestForm):
     """One row of a batch; every value is checked for its type and for nulls when it is taken."""
 
     def __init__(
@@ -154,13 +158,17 @@ class _ArrowForm(RequestForm):
         batch: pa.RecordBatch,
         row: int,
         number: int,
-        values_left: _ValuesLeft,
+        values_left: ValuesLeft,
         needs: Needs,
         translation: Translation | None,
     ) -> None:
         super().__init__(needs, translation, f"requests[{number}]")
         self._batch, self._row, self._left = batch, row, values_left
         self._names = set(batch.schema.names)
+
+    def where(self, column: str) -> str:
+        """A column of this row, for messages."""
+        return f"{self.place}, column {column}"
 
     def time(self) -> int | None:
         return self._integer("request_timestamp")
@@ -187,7 +195,7 @@ class _ArrowForm(RequestForm):
 
     def codes(self, part: Part, name: str, encoder: Encoder) -> Ints:
         column = f"{part.prefix}{name}"
-        place = f"{self.place}, column {column}"
+        place = self.where(column)
         one = self._batch.column(column).slice(self._row, 1)
         if part is self.needs.context and not is_list(one.type):
             return codes_of_array(one, encoder, place)
@@ -250,7 +258,7 @@ class _ArrowForm(RequestForm):
 
     def _ids(self, part: Part, feature: str, values: pa.Array) -> Ints:
         column = f"{part.prefix}{feature}"
-        place = f"{self.place}, column {column}"
+        place = self.where(column)
         if (own := self.own_ids(feature, values, place)) is not None:
             return own
         if self.translation is not None:
@@ -284,7 +292,7 @@ class _ArrowForm(RequestForm):
         return self._error(name, f"holds {kind}, expected int64; {hint}")
 
     def _error(self, name: str, problem: str) -> RequestError:
-        return RequestError(422, f"{self.place}, column {name}: {problem}")
+        return RequestError(422, f"{self.where(name)}: {problem}")
 
 
 def _is_integer(kind: pa.DataType) -> bool:

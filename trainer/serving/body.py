@@ -109,6 +109,7 @@ def encode(answers: Sequence[Answer], body: Body, as_arrow: bool) -> bytes:
             result["unknown"] = answer.unknown
         if body.explain:
             result["kept"] = answer.explanations
+            result["user_state"] = answer.user_state or None
         if answer.sureness is not None:
             result["uncertainty"] = _by_task(answer.sureness, scorer.tasks)
         results.append(result)

@@ -20,13 +20,13 @@ def check_request(request: Request, needs: Needs, limits: Limits, place: str) ->
         RequestError: 413 above a limit; 422 with the feature, its place and range for anything else.
     """
     history, n = request.history, int(request.history.time.size)
-    _check_limit(request.count, limits.candidates, f"{place}.candidates", "candidates", "--max-candidates")
+    _check_limit(request.count, limits.candidates, f"{place}.candidates", "candidates", "limits.candidates")
     if not request.count:
         raise RequestError(422, f"{place}.candidates: there is none")
     check_times(history.time, needs.latest, f"{place}.history.timestamp")
     check_times(np.array([request.time]), needs.latest, f"{place}.time")
     start, end = _window(history, request.time, needs)
-    _check_limit(end - start, limits.history, f"{place}.history", "behaviors", "--max-history")
+    _check_limit(end - start, limits.history, f"{place}.history", "behaviors", "limits.history")
 
     def ids(part: Part, given: Mapping[str, Bags], count: int) -> dict[str, Bags]:
         """The known features of a part of `count` behaviors, candidates or requests."""
@@ -138,7 +138,7 @@ def _checked_bags(name: str, bags: Bags, count: int, needs: Needs, limits: Limit
             bags = Bags(bags.values)
         elif lengths.size and lengths.max() > limits.bag:
             at = int(lengths.argmax())
-            problem = f"{lengths[at]:,} ids, the server takes {limits.bag:,} of one (--max-bag)"
+            problem = f"{lengths[at]:,} ids, the server takes {limits.bag:,} of one (limits.bag)"
             raise RequestError(413, f"{place}[{at}]: {problem}")
     if name in needs.living or name in needs.encoders:
         return bags

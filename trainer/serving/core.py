@@ -14,19 +14,19 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from trainer.serving import arrow_body
 from trainer.serving.body import Body, decode, encode, held_bytes
 from trainer.serving.call import JSON, Call, Reply
-from trainer.serving.cost import PAIRS_OF_CANDIDATE, cost_of, work_of
+from trainer.serving.cost import sizes_of, work_of
 from trainer.serving.model_calls import Outcome, Portion, score_portions
-from trainer.serving.observer import ModelCall, Observer
+from trainer.serving.observer import Follow, ModelCall, Observer, PartTimes
 from trainer.serving.pace import Pace
 from trainer.serving.request import Limits, RequestError
-from trainer.serving.scheduler import BatchSettings, BodyPart, Scheduler, Size, Work
+from trainer.serving.scheduler import BatchSettings, BodyPart, Scheduler, Work
 from trainer.serving.scorer import Answer, Scorer, Seconds
 from trainer.serving.soundness import UnsoundError
 from trainer.serving.versions import Versions
@@ -68,6 +68,7 @@ class _Waiting:
 
     body: Body
     answer: asyncio.Future[list[Answer]]
+    follow: Follow | None = None
     answers: list[Answer] = field(default_factory=list)
 
     def fail(self, error: Exception) -> None:
@@ -89,6 +90,14 @@ class _Call:
     scoring: asyncio.Future[tuple[list[Outcome], Seconds]]
 
 
+class Queue(NamedTuple):
+    """Bodies that were taken and are not answered; of those that wait for the model, parts and their cost."""
+
+    bodies: int
+    parts: int
+    cost: int
+
+
 class ScoringCore:
     """Decodes, schedules, scores and encodes. `run` must be running.
 
@@ -108,9 +117,8 @@ class ScoringCore:
         self.clock = time.monotonic
         self._scheduler: Scheduler[_Waiting] = Scheduler(self.settings.batching)
         self._pace = Pace()
-        self._arrived, self._idle = asyncio.Event(), asyncio.Event()
-        self._idle.set()
-        self._ended = self._draining = self._closed = False
+        self._arrived = asyncio.Event()
+        self._ended = self._draining = False
         # The scorer whose answers were found to be no numbers.
         self._unsound: Callable[[], Scorer | None] = lambda: None
         self._unsound_problem = ""
@@ -132,6 +140,13 @@ class ScoringCore:
         if self._unsound() is self.versions.scorer:
             problems.append(self._unsound_problem)
         return State(not self._ended, not problems, self._draining, tuple(problems))
+
+    @property
+    def queue(self) -> Queue:
+        """What waits now."""
+        waiting = self._scheduler.waiting
+        parts = sum(work.parts_left for work in waiting)
+        return Queue(self._taken, parts, sum(work.cost(work.parts_left) for work in waiting))
 
     async def run(self) -> None:
         """Score what comes, until cancelled; whatever goes wrong, its bodies are told and others go on."""
@@ -156,14 +171,6 @@ class ScoringCore:
         """Not ready from now on. Bodies are still taken: those who send them learn of it later."""
         self._draining = True
 
-    def close(self) -> None:
-        """No body is taken from now on; those that were taken are answered."""
-        self._draining = self._closed = True
-
-    async def drained(self) -> None:
-        """Return once every body that was taken is answered."""
-        await self._idle.wait()
-
     async def in_thread(self, work: Callable[..., Result], *given: Any) -> Result:
         """The result of work that may take long, done in the thread that decodes bodies."""
         return await asyncio.get_running_loop().run_in_executor(self._decoder, work, *given)
@@ -177,21 +184,18 @@ class ScoringCore:
         """
         arrived = self.clock()
         async with self._in_time(self._deadline(call.deadline, arrived)) as deadline:
-            scorer, histories, limits = self.versions.scorer, self.versions.histories, self.settings.limits
-            given = (call.content, call.content_type, scorer, histories, limits)
-            # A stored history may have to be read from a disk.
-            short = len(call.content) <= self.settings.batching.inline and histories is None
-            body = decode(*given) if short else await self.in_thread(decode, *given)
+            as_arrow, hold = call.as_arrow, call.hold
+            body = await self._decoded(call)
+            # What came is let go of: a body may wait for long.
+            del call
             self.observe.decoded(self.clock() - arrived)
-            answers = await self._answers(body, deadline, call.hold)
-            short = sum(request.count for request in body.requests) <= _FEW_CANDIDATES
-            written = (answers, body, call.as_arrow)
-            content = encode(*written) if short else await self.in_thread(encode, *written)
-            if call.hold is not None:
-                call.hold(len(content))
+            answers = await self._answers(body, deadline, hold)
+            content = await self._encoded(answers, body, as_arrow)
+            if hold is not None:
+                hold(len(content))
         unknown = sum(sum(answer.unknown.values()) for answer in answers)
         self.observe.answered(self.clock() - arrived, unknown)
-        return Reply(content, arrow_body.MEDIA_TYPE if call.as_arrow else JSON, scorer.version)
+        return Reply(content, arrow_body.MEDIA_TYPE if as_arrow else JSON, body.scorer.version)
 
     async def answers(
         self, body: Body, deadline: float | None = None, hold: Callable[[int], None] | None = None
@@ -211,6 +215,19 @@ class ScoringCore:
         self.observe.answered(self.clock() - arrived, unknown)
         return answers
 
+    async def _decoded(self, call: Call) -> Body:
+        scorer, histories, settings = self.versions.scorer, self.versions.histories, self.settings
+        given = (call.content, call.content_type, scorer, histories, settings.limits)
+        # A stored history may have to be read from a disk.
+        if len(call.content) <= settings.batching.inline and histories is None:
+            return decode(*given)
+        return await self.in_thread(decode, *given)
+
+    async def _encoded(self, answers: Sequence[Answer], body: Body, as_arrow: bool) -> bytes:
+        if sum(request.count for request in body.requests) <= _FEW_CANDIDATES:
+            return encode(answers, body, as_arrow)
+        return await self.in_thread(encode, answers, body, as_arrow)
+
     def _deadline(self, asked: float | None, now: float) -> float:
         if asked is not None:
             return asked
@@ -222,14 +239,13 @@ class ScoringCore:
         """Takes a body: ends what is inside with 504 at the deadline, and counts who leaves before.
 
         Raises:
-            RequestError: 429, 503 where no body is taken now, 504.
+            RequestError: 429 where too many wait, 504.
         """
         self._check_room()
         if deadline <= self.clock():
             self.observe.lost("expired")
             raise RequestError(504, "its deadline had passed when it came")
         self._taken += 1
-        self._idle.clear()
         left = None if math.isinf(deadline) else max(deadline - self.clock(), 0.0)
         limit = asyncio.timeout(left)
         try:
@@ -245,14 +261,9 @@ class ScoringCore:
             raise
         finally:
             self._taken -= 1
-            if not self._taken:
-                self._idle.set()
 
     def _check_room(self) -> None:
-        """Raises RequestError where no body is taken now."""
-        if self._closed:
-            self.observe.lost("draining")
-            raise RequestError(503, "the server is about to end", 1)
+        """Raises RequestError (429) where too many bodies wait."""
         most = self.settings.batching.waiting
         if self._taken >= most:
             self.observe.lost("full")
@@ -274,17 +285,8 @@ class ScoringCore:
             self._scheduler.remove(job)
 
     def _job(self, body: Body, deadline: float) -> _Job:
-        needs, limit = body.scorer.needs, self.settings.limits.cost
-        sizes = [
-            Size(1, int(request.history.time.size), request.count, cost_of(request, needs))
-            for request in body.requests
-        ]
-        cost = sum(size.cost for size in sizes)
-        if cost > limit:
-            pairs = f"candidates x (behaviors that the model reads + {PAIRS_OF_CANDIDATE:,})"
-            problem = f"the body costs {cost:,} pairs ({pairs}), the server takes {limit:,} (limits.cost)"
-            raise RequestError(413, f"{problem}; send fewer requests at once")
-        waiting = _Waiting(body, asyncio.get_running_loop().create_future())
+        sizes = sizes_of(body.requests, body.scorer.needs, self.settings.limits)
+        waiting = _Waiting(body, asyncio.get_running_loop().create_future(), self.observe.follow())
         kind = (id(body.scorer), body.explain)
         return Work(waiting, kind, sizes, self.settings.batching, self.clock(), deadline)
 
@@ -292,7 +294,7 @@ class ScoringCore:
         """Raises RequestError (503) for a body that would be scored too late."""
         now = self.clock()
         requests, cost = self._scheduler.before(job)
-        calls = math.ceil(requests / self.settings.batching.requests)
+        calls = max(math.ceil(requests / self.settings.batching.requests), len(job.parts))
         seconds = self._pace.seconds(work_of(calls, requests, cost), now)
         if not seconds or now + seconds <= job.deadline:
             return
@@ -337,6 +339,9 @@ class ScoringCore:
             candidates = sum(size.candidates for size in taken)
             waited = [call.began - job.queued for job in call.jobs if not job.done]
             self.observe.called(ModelCall(len(call.jobs), requests, candidates, waited, seconds))
+            for job in call.jobs:
+                if job.owner.follow is not None:
+                    job.owner.follow(PartTimes(None if job.done else call.began - job.queued, seconds))
         except Exception as error:
             outcomes = [error] * len(call.jobs)
         for job, outcome in zip(call.jobs, outcomes, strict=True):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trainer.serving.checks import visible_behaviors
-from trainer.serving.request import Needs, Request
+from trainer.serving.request import Limits, Needs, Request, RequestError
+from trainer.serving.scheduler import Size
 
 # The unit is a pair: the comparison of a candidate with a behavior. What else takes time was measured in
 # pairs, on one core (K = 50, vectors of width 16 and 64, a representation of width 128: 2 to 4 ns a pair).
@@ -16,6 +19,21 @@ PAIRS_OF_REQUEST, PAIRS_OF_CALL = 100_000, 1_000_000
 def cost_of(request: Request, needs: Needs) -> int:
     """Pairs of a candidate and a behavior that are compared, and what the candidates cost besides."""
     return request.count * (visible_behaviors(request, needs) + PAIRS_OF_CANDIDATE)
+
+
+def sizes_of(requests: Sequence[Request], needs: Needs, limits: Limits) -> list[Size]:
+    """What each request of a body takes of a model call.
+
+    Raises:
+        RequestError: 413 where the body costs more than the server takes of one.
+    """
+    sizes = [Size(1, int(r.history.time.size), r.count, cost_of(r, needs)) for r in requests]
+    cost = sum(size.cost for size in sizes)
+    if cost > limits.cost:
+        pairs = f"candidates x (behaviors that the model reads + {PAIRS_OF_CANDIDATE:,})"
+        problem = f"the body costs {cost:,} pairs ({pairs}), the server takes {limits.cost:,} (limits.cost)"
+        raise RequestError(413, f"{problem}; send fewer requests at once")
+    return sizes
 
 
 def work_of(calls: int, requests: int, cost: int) -> int:

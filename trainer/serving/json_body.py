@@ -125,13 +125,33 @@ def read_json(given: bytes | memoryview, limits: Limits, numbers: Container[str]
     Raises:
         RequestError: 413 above a limit; 422 naming the place of the first mistake.
     """
+    tree = parsed_json(given, limits, "requests")
+    try:
+        return ScoreBody.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place, problem = path_in(tree, first["loc"]), words_of(dict(first), json=True)
+        place, problem = _of_number(tree, first["loc"], numbers) or (place, problem)
+        place = place[:200]
+        raise RequestError(422, f"{place}: {problem}"[:500] if place else problem[:300]) from None
+
+
+def parsed_json(given: bytes | memoryview, limits: Limits, *lists: str) -> Any:
+    """A body as a tree, parsed once it is known that this takes little memory.
+
+    Args:
+        lists: keys of objects that are lists of objects.
+
+    Raises:
+        RequestError: 413 above a limit; 422 where it is no JSON, or has a key twice.
+    """
     if len(given) > limits.json:
-        problem = f"JSON longer than {limits.json:,} bytes (--max-json)"
+        problem = f"JSON longer than {limits.json:,} bytes (limits.json_body)"
         raise RequestError(413, f"{problem}; send Arrow, or fewer requests at once")
     body = bytes(given)
     # Commas and brackets inside of texts are counted too; there are few.
     if body.count(b",") + _LIST_WEIGHT * (body.count(b"[") + body.count(b"{")) > limits.ids:
-        raise RequestError(413, f"more values than the server takes, {limits.ids:,} (--max-ids)")
+        raise RequestError(413, f"more values than the server takes, {limits.ids:,} (limits.ids)")
     # Without spaces, a quote and a colon stand behind every key, and now and then within a text.
     keys = body.translate(None, b" \t\r\n").count(b'":')
     if keys > _MOST_KEYS_OF_ALL:
@@ -143,9 +163,9 @@ def read_json(given: bytes | memoryview, limits: Limits, numbers: Container[str]
     # Bounds what is reported one by one: requests, and keys of objects.
     requests = tree.get("requests") if isinstance(tree, dict) else None
     if isinstance(requests, list) and len(requests) > limits.requests:
-        problem = f"{len(requests):,} requests, the server takes {limits.requests:,} (--max-requests)"
+        problem = f"{len(requests):,} requests, the server takes {limits.requests:,} (limits.requests)"
         raise RequestError(413, problem)
-    sizes = [len(part) for part in _objects(tree)]
+    sizes = [len(part) for part in _objects(tree, lists)]
     for size in sizes:
         if size > _MOST_KEYS:
             raise RequestError(413, f"an object of {size:,} keys, the server takes {_MOST_KEYS:,}")
@@ -155,23 +175,17 @@ def read_json(given: bytes | memoryview, limits: Limits, numbers: Container[str]
             json.loads(body, object_pairs_hook=with_unique_keys)
         except (ValueError, RecursionError) as error:
             raise RequestError(422, f"Invalid JSON: {str(error)[:280]}") from None
-    try:
-        return ScoreBody.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place, problem = path_in(tree, first["loc"]), words_of(dict(first), json=True)
-        place, problem = _of_number(tree, first["loc"], numbers) or (place, problem)
-        place = place[:200]
-        raise RequestError(422, f"{place}: {problem}"[:500] if place else problem[:300]) from None
+    return tree
 
 
-def _objects(tree: Any) -> Iterator[dict[str, Any]]:
-    """All objects that a body may hold: lists other than that of the requests have none."""
+def _objects(tree: Any, lists: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """All objects that a body may hold: other lists than these have none."""
     if isinstance(tree, dict):
         yield tree
-        requests = tree.get("requests")
-        for value in (*tree.values(), *(requests if isinstance(requests, list) else ())):
-            yield from _objects(value)
+        for name, value in tree.items():
+            inner = value if name in lists and isinstance(value, list) else ()
+            for each in (value, *inner):
+                yield from _objects(each, lists)
 
 
 def _of_number(tree: Any, location: Sequence[int | str], numbers: Container[str]) -> tuple[str, str] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +13,8 @@ from trainer.serving.scorer import Seconds
 #   expired    its deadline passed
 #   hopeless   it was refused, since by the measured pace it would not be scored before its deadline
 #   full       it was refused, since too many waited
-#   draining   it was refused, since the server ends
 #   unsound    its scores were no numbers
-Loss = Literal["abandoned", "expired", "hopeless", "full", "draining", "unsound"]
+Loss = Literal["abandoned", "expired", "hopeless", "full", "unsound"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,31 @@ class ModelCall:
     seconds: Seconds
 
 
+@dataclass(frozen=True)
+class PartTimes:
+    """When a part of a body was scored: just now.
+
+    Attributes:
+        waited: seconds that the body waited for its first part; None: this is a later one.
+        seconds: what the model call took.
+    """
+
+    waited: float | None
+    seconds: Seconds
+
+
+Follow = Callable[[PartTimes], None]
+
+
 class Observer:
     """Counts nothing; whoever counts replaces what matters to them. All is called by the event loop."""
 
     def decoded(self, seconds: float) -> None:
         """A body was decoded."""
+
+    def follow(self) -> Follow | None:
+        """Called in the task of a body before it waits; what it returns is told of each part of the body."""
+        return None
 
     def called(self, call: ModelCall) -> None:
         """The model was called."""

@@ -31,9 +31,13 @@ from trainer.log.known_values import KnownValues
 from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch, Reading
 from trainer.model.windows import Selection
+from trainer.sealed_folder import MANIFEST
 from trainer.serving.checks import visible_behaviors
 from trainer.serving.exploration import Exploration, Sureness, sureness
 from trainer.serving.request import Needs, Request
+from trainer.serving.user_state.maker import StateMaker
+from trainer.serving.user_state.second_level import SecondLevel
+from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.window_search import per_window
 from trainer.snapshot import Snapshot
 from trainer.snapshot.manifest import InputFeature
@@ -66,6 +70,7 @@ class Answer:
         history_used: behaviors that the model could see.
         unknown: place -> raw values there that stand for no id.
         sureness: how sure the model is; None unless asked for.
+        user_state: what was known of the user before; empty where no states are kept, or none of this user.
     """
 
     probabilities: Floats
@@ -73,6 +78,7 @@ class Answer:
     history_used: int = 0
     unknown: Mapping[str, int] = field(default_factory=dict)
     sureness: Sureness | None = None
+    user_state: str = ""
 
 
 class Seconds(NamedTuple):
@@ -89,13 +95,20 @@ class Scorer:
         snapshot: its searches are replaced by ones that work request by request.
         chunk: behaviors of a chunk of clusters, for a model that searches clusters; 0 = not known.
         clock: seconds; of the wall, unless a measurement wants those of the processor.
+        user_states: what is kept of users between their requests; None, or 0 bytes: nothing.
+        store: what other processes share of it.
 
     Raises:
         ConfigError: the model searches clusters, and their chunk is not known.
     """
 
     def __init__(
-        self, snapshot: Snapshot, chunk: int = 0, clock: Callable[[], float] = time.perf_counter
+        self,
+        snapshot: Snapshot,
+        chunk: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+        user_states: UserStateSettings | None = None,
+        store: SecondLevel | None = None,
     ) -> None:
         self.snapshot, self.needs, self.clock = snapshot, Needs.of(snapshot), clock
         manifest = snapshot.manifest
@@ -116,6 +129,9 @@ class Scorer:
         )
         # `trainer.serving.versions` sets them: requests may hold raw values of these features.
         self.vocabularies: Mapping[str, KnownValues] = {}
+        self.states: StateMaker | None = None
+        if user_states is not None and user_states.bytes:
+            self.states = StateMaker(snapshot, self.needs, user_states, _digest_of(snapshot), store)
         self._searched = 0.0
         self.branches: dict[str, Branch] = {}
         for name, branch in snapshot.model.branches.items():
@@ -157,14 +173,15 @@ class Scorer:
         """
         started = self._searched = self.clock()
         batch = self.batch(requests, places=explain)
+        model = None if self.states is None else self.states.model_for(requests)
         read: dict[str, Reading] = {}
         # For this call alone: a hook that stayed would be a reference from the model back to the scorer, and
         # the tables of a version that is served no more would stay mapped until the collector meets them.
         with ExitStack() as hooks:
             for watched, note in self._hooks(read):
                 hooks.callback(watched.register_forward_hook(note).remove)
-            judged = self.snapshot.judge(batch) if any(explore) else None
-            scores = self.snapshot.score(batch) if judged is None else judged.mean.sigmoid()
+            judged = self.snapshot.judge(batch, model) if any(explore) else None
+            scores = self.snapshot.score(batch, model) if judged is None else judged.mean.sigmoid()
         ended = self.clock()
         skipped = np.repeat([r.skipped for r in requests], [r.count for r in requests]).tolist()
         explained = {
@@ -173,7 +190,10 @@ class Scorer:
             if explain and each.weight_CHK is not None
         }
         answers, begin, probabilities = [], 0, scores.numpy()
-        for request, asked in zip(requests, explore or [None] * len(requests), strict=True):
+        outcomes = {} if self.states is None else self.states.outcomes
+        for place, (request, asked) in enumerate(
+            zip(requests, explore or [None] * len(requests), strict=True)
+        ):
             own = slice(begin, begin + request.count)
             answers.append(
                 Answer(
@@ -182,6 +202,7 @@ class Scorer:
                     visible_behaviors(request, self.needs),
                     request.unknown,
                     None if judged is None or asked is None else sureness(judged, own, request, asked),
+                    outcomes.get(place, ""),
                 )
             )
             begin = own.stop
@@ -196,6 +217,11 @@ class Scorer:
 
     def _note_searched(self, *_: object) -> None:
         self._searched = self.clock()
+
+
+def _digest_of(snapshot: Snapshot) -> str:
+    """Of its manifest; of a model that was never exported, its path."""
+    return snapshot.digest() if (snapshot.path / MANIFEST).is_file() else str(snapshot.path)
 
 
 def _infos(names: Sequence[str], needs: Needs) -> dict[str, FeatureInfo]:

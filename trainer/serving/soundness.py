@@ -1,13 +1,11 @@
-"""Why a snapshot answers with NaN: a table that was overwritten where it lies, or a request's own numbers."""
+"""Why a snapshot answers with NaN: mostly a table that was overwritten where it lies."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
@@ -29,29 +27,25 @@ class UnsoundError(RequestError):
         super().__init__(503, f"the version {version} answers with what is no number: {where}")
 
 
-def error_of(scorer: Scorer, request: Request, known: bool = False) -> RequestError:
+def error_of(scorer: Scorer, request: Request, known: bool = False) -> UnsoundError:
     """What to answer to a request whose scores are no numbers.
 
-    The request is scored again, and then without its own numbers: a client must not be able to make a sound
-    snapshot look broken.
+    A request alone cannot bring this about: its ids are those of rows, and its numbers are finite and reach
+    the model by their logarithm.
 
     Args:
-        known: the snapshot is known to be unsound: nothing is scored again.
+        known: the snapshot is known to be unsound: nothing is scored again to find out why.
     """
     if known:
         return UnsoundError(scorer.version, "see the server's log")
     if table := _table_of(scorer, request):
         return UnsoundError(scorer.version, f"rows of the table {table} hold NaN or infinity")
+    snapshot = scorer.snapshot
     try:
-        scorer.snapshot.check_own(scorer.snapshot.score(scorer.snapshot.recorded.batch))
+        snapshot.check_own(snapshot.score(snapshot.recorded.batch))
     except SnapshotError as error:
         return UnsoundError(scorer.version, str(error))
-    if any(values.any() for values in request.numeric.values()):
-        plain = replace(request, numeric={name: np.zeros_like(v) for name, v in request.numeric.items()})
-        if scorer.snapshot.score(scorer.batch([plain])).isfinite().all():
-            problem = "the scores of a request are no numbers: its `numeric` are too large for this model"
-            return RequestError(422, problem)
-    return UnsoundError(scorer.version, "no table is at fault, and its recorded requests score as they did")
+    return UnsoundError(scorer.version, "all rows are numbers, and its recorded requests score as they did")
 
 
 def _table_of(scorer: Scorer, request: Request) -> str:

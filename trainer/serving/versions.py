@@ -8,11 +8,17 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
+
 from embeddings.errors import SnapshotError, TandemError, UnavailableError
+from embeddings.lookup.hot_rows import HotCounts, HotRows, keep_hot_rows, total
+from embeddings.lookup.plain import PlainBagCollection
 from trainer.log.known_values import drop_unused
 from trainer.serving.histories import HistoryStore
 from trainer.serving.latest import Look, Outcome, Sealed, compare
 from trainer.serving.scorer import Scorer
+from trainer.serving.user_state.second_level import SecondLevel
+from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.vocabulary import vocabularies_of
 from trainer.snapshot import exported_at, load_fetched, resolve, shown
 
@@ -28,6 +34,9 @@ class Versions:
         vocabulary: a log whose values may stand for ids, where a snapshot has none with it.
         cache: where versions of a snapshot in an object store are fetched to, and vocabularies kept that are
             too large for memory; None: the user's caches.
+        hot_rows: bytes for rows that are asked for most, see `embeddings.lookup.hot_rows`; 0 = none are kept.
+        user_states: what scorers keep of users between their requests; a new version begins without any.
+        store: what other processes share of it.
         reloaded: told "switched", "unchanged", "refused" or "failed" after every attempt.
 
     Attributes:
@@ -53,8 +62,13 @@ class Versions:
         reloaded: Callable[[str], None] = lambda outcome: None,
         vocabulary: Path | None = None,
         cache: Path | None = None,
+        hot_rows: int = 0,
+        user_states: UserStateSettings | None = None,
+        store: SecondLevel | None = None,
     ) -> None:
-        self._cache = cache
+        self._user_states, self._store = user_states, store
+        self._cache, self._hot_bytes = cache, hot_rows
+        self._hot_rows: dict[str, HotRows] = {}
         self.root, self.histories, self._reloaded = root, histories, reloaded
         self._vocabulary = vocabulary
         self.refused: tuple[str, str] | None = None
@@ -63,7 +77,7 @@ class Versions:
         self._lock = threading.Lock()
         self._refused: Sealed | None = None
         found = Sealed.at(resolve(root))
-        self._serve(found, self._load(found.path))
+        self._serve(found, *self._load(found.path))
 
     def shown(self) -> str:
         """How to call the version in use: where it lies, and where it was fetched to."""
@@ -73,6 +87,11 @@ class Versions:
     def digest(self) -> str:
         """Of the manifest of the version in use: two versions may have one name, but not one digest."""
         return self._served.digest
+
+    @property
+    def hot_counts(self) -> HotCounts:
+        """What was looked up in tables with hot rows, since this version is served."""
+        return total(self._hot_rows)
 
     def newer(self) -> Path | None:
         """The version that LATEST names, unless it is served or was refused.
@@ -102,7 +121,7 @@ class Versions:
                 return False
             try:
                 # The name changes last: until then every request gets the old scorer.
-                scorer = self._load(found.path)
+                loaded = self._load(found.path)
             except Exception as error:
                 if isinstance(error, TandemError) and not isinstance(error, UnavailableError):
                     self._refused, self.refused = found, (found.path.name, str(error))
@@ -112,14 +131,14 @@ class Versions:
                     # No fault of the version, as far as anybody knows: it is tried again.
                     self._reloaded("failed")
                 raise
-            self._serve(found, scorer)
+            self._serve(found, *loaded)
             self._reloaded("switched")
             return True
 
-    def _serve(self, found: Sealed, scorer: Scorer) -> None:
+    def _serve(self, found: Sealed, scorer: Scorer, hot_rows: dict[str, HotRows]) -> None:
         self.exported_at, self.served_since = exported_at(found.path, scorer.snapshot.manifest), time.time()
         self._refused = self.refused = self.latest_problem = None
-        self._served, self.scorer = found, scorer
+        self._served, self.scorer, self._hot_rows = found, scorer, hot_rows
 
     def _look(self) -> Sealed | None:
         """What may be taken of what LATEST names; every look is counted."""
@@ -142,16 +161,27 @@ class Versions:
             return Look("overwritten", look.version, SnapshotError(self.scorer.snapshot.path, changed))
         return look
 
-    def _load(self, path: Path) -> Scorer:
+    def _load(self, path: Path) -> tuple[Scorer, dict[str, HotRows]]:
         snapshot = load_fetched(path, self._cache)
+        hot_rows = keep_hot_rows(map(_plain, snapshot.model.collections.values()), self._hot_bytes)
+        for name, table in hot_rows.items():
+            if name in self._hot_rows:
+                # What was asked for until now is what will be.
+                table.keep(self._hot_rows[name].noted())
         snapshot.self_check()
         if self.histories is not None:
             known = self.histories.manifest
             snapshot.check_vocabularies({**known.features, **known.context}, self.histories.log)
-        scorer = Scorer(snapshot, self.histories.chunk if self.histories else 0)
+        chunk = self.histories.chunk if self.histories else 0
+        scorer = Scorer(snapshot, chunk, user_states=self._user_states, store=self._store)
         scorer.vocabularies = vocabularies_of(snapshot, self._vocabulary, self._cache)
         users = self.histories.users if self.histories is not None else None
         drop_unused(each.folder for each in (*scorer.vocabularies.values(), users) if each is not None)
         # Once more with the searches that serve, which also brings what they need into memory.
         snapshot.check_own(snapshot.score(snapshot.recorded.batch))
-        return scorer
+        return scorer, hot_rows
+
+
+def _plain(collection: nn.Module) -> PlainBagCollection:
+    assert isinstance(collection, PlainBagCollection)
+    return collection

@@ -8,17 +8,20 @@ stands for (property test), whatever the scorer and the kind of search.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.model.ops.top import best_of_groups, groups_of, top_of_groups
+from trainer.model.ops.top import best_of_groups, best_of_reaching, groups_of, reaching
 from trainer.model.retrieve.dot import DotSearch
 from trainer.model.retrieve.score import AttentionVectors, DotScorer
 from trainer.model.retrieve.search import Query, Search
+from trainer.model.time import Marks
 from trainer.model.windows import Selection, Windows
 
 # Columns of a tile: wide enough for the matrix product, and still in the cache when its best are noted.
@@ -39,6 +42,9 @@ class WindowSearch(Search):
         # Memory for scores that is used again: fresh pages would cost as much as filling them.
         self._cells = torch.empty(0)
 
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        return self.inner.of_behaviors(key_ND)
+
     def select(self, query: Query) -> Selection:
         windows, count = query.windows, query.vectors.query_CD.shape[0]
         bounds = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0]).cumsum(0).tolist()
@@ -47,37 +53,55 @@ class WindowSearch(Search):
         if not count or (len(lengths) == count > 1 and windows.index.numel() <= _CELLS):
             selection: Selection = self.inner(query)
             return selection
-        parts = []
+        scorer = query.scorer
+        with_scores = type(self.inner) is DotSearch and isinstance(scorer, DotScorer) and scorer.heads == 1
+        parts: list[Sequence[Tensor]] = []
         for window, (begin, end) in enumerate(pairwise([0, *bounds])):
             if end > begin:
                 single = _single_window(query, window, lengths[window], begin, end)
-                for column, mask in self._of_window(single, lengths[window]):
-                    missing = self.k - column.shape[1]
-                    parts.append((F.pad(column, (0, missing)), F.pad(mask, (0, missing))))
-        column, mask = (torch.cat(each) for each in zip(*parts, strict=True))
-        return windows.columns(column, mask)
+                for found in self._of_window(single, lengths[window], with_scores):
+                    missing = self.k - found[0].shape[1]
+                    parts.append([F.pad(each, (0, missing)) for each in found] if missing else found)
+        joined = parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
+        selection = _kept(windows, joined[0], joined[1])
+        return replace(selection, score=joined[2]) if with_scores else selection
 
-    def _of_window(self, query: Query, length: int) -> list[tuple[Tensor, Tensor]]:
+    def _of_window(self, query: Query, length: int, with_scores: bool) -> list[Sequence[Tensor]]:
+        """Columns of each candidate, which count, and their scores if these are asked for."""
         scorer = query.scorer
-        if type(self.inner) is DotSearch and isinstance(scorer, DotScorer) and scorer.heads == 1 and length:
-            return self._dot_columns(scorer, query)
+        if with_scores and length:
+            assert isinstance(scorer, DotScorer)
+            return [self._dot_columns(scorer, query)]
+        if with_scores:
+            column, mask = self.inner.columns(query)
+            return [(column, mask, torch.zeros(mask.shape))]
         count = query.vectors.query_CD.shape[0]
         size = max(1, _CELLS // max(length, 1))
         chunks = (_candidates(query, at, min(at + size, count)) for at in range(0, count, size))
         return [self.inner.columns(chunk) for chunk in chunks]
 
-    def _dot_columns(self, scorer: DotScorer, query: Query) -> list[tuple[Tensor, Tensor]]:
-        """Top-K by inner product, some candidates at a time."""
-        width = query.windows.index.shape[1]
-        # What is added to a behavior's scores is one more dimension, in which every candidate has 1.
-        bias_X1 = scorer._window_bias(query.vectors, query.windows)[0][:, None]
-        keys_XD = F.embedding(query.windows.index[0], query.vectors.key_ND)
-        biased = bool(bias_X1.any())
-        keys_XD = torch.cat([keys_XD, bias_X1], dim=1) if biased else keys_XD
-        groups, doubt = min(groups_of(self.k), width), query.doubt()
-        size = max(_FEWEST, _CACHED // width)
-        columns = []
-        for begin in range(0, query.vectors.query_CD.shape[0], size):
+    def _dot_columns(self, scorer: DotScorer, query: Query) -> tuple[Tensor, Tensor, Tensor]:
+        """Top-K by inner product, some candidates at a time, from the keys where they lie."""
+        windows, count = query.windows, query.vectors.query_CD.shape[0]
+        width, stretch = windows.index.shape[1], windows.lengths is not None and scorer.shares_bias
+        bias_WX = scorer.window_bias(query.vectors, windows)
+        if stretch:
+            # Newest last: a stretch of the batch's behaviors.
+            end = int(windows.index[0, 0]) + 1
+            keys_XD = query.vectors.key_ND[end - width : end]
+            bias_WX = None if bias_WX is None else bias_WX.flip(1)
+        else:
+            keys_XD = F.embedding(windows.index[0], query.vectors.key_ND)
+        biased = False
+        if bias_WX is not None and bool(bias_WX.any()):
+            biased = True
+            # What is added to a behavior's scores is one more dimension, in which every candidate has 1.
+            keys_XD = torch.cat([keys_XD, bias_WX[0][:, None]], dim=1)
+        doubt = query.doubt()
+        doubt = doubt.mirrored(width) if stretch else doubt
+        groups, size = min(groups_of(self.k), width), max(_FEWEST, _CACHED // width)
+        places, values = [], []
+        for begin in range(0, count, size):
             chunk = _candidates(query, begin, begin + size)
             query_CD = chunk.vectors.query_CD
             query_CD = F.pad(query_CD, (0, 1), value=1.0) if biased else query_CD
@@ -87,13 +111,27 @@ class WindowSearch(Search):
             score_CX = self._cells[:cells].view(-1, width)
             beside_CX = scorer._target_bias(chunk.vectors, chunk.windows)
             best_CG = _score(score_CX, query_CD, keys_XD, beside_CX, groups)
-            columns.append(top_of_groups(score_CX, best_CG, self.k, doubt=doubt.cut(begin, begin + size)))
-        return columns
+            place, value = reaching(score_CX, best_CG, self.k, doubt.cut(begin, begin + size))
+            places.append(place + begin * width)
+            values.append(value)
+        # Of all candidates at once: close scores are settled in one go.
+        found = np.concatenate(places), np.concatenate(values), count, width
+        return best_of_reaching(*found, self.k, last=stretch, doubt=doubt)
 
 
 def per_window(search: Search) -> Search:
     """The search that serves in place of one of training; one that keeps whole windows stays as it is."""
     return search if search.keeps_all or isinstance(search, WindowSearch) else WindowSearch(search)
+
+
+def _kept(windows: Windows, column_CK: Tensor, mask_CK: Tensor) -> Selection:
+    """`Windows.columns`; faster where a single stretch is kept from and no candidate keeps less than K."""
+    if windows.lengths is None or windows.index.shape[0] > 1 or not bool(mask_CK.all()):
+        return windows.columns(column_CK, mask_CK)
+    marks, nothing = windows.marks, windows.marks.level[:1, :1].expand(column_CK.shape)
+    age_CK = marks.age.take(column_CK)
+    found = Marks((column_CK + 1).to(marks.position.dtype), age_CK, nothing)
+    return Selection(windows.index[0, 0] - column_CK, mask_CK, found)
 
 
 def _single_window(query: Query, window: int, length: int, begin: int, end: int) -> Query:
@@ -105,7 +143,8 @@ def _single_window(query: Query, window: int, length: int, begin: int, end: int)
 
     size = None if whole.log_size is None else cut(whole.log_size)
     of_candidate = torch.zeros(whole.of_candidate.numel(), dtype=torch.int64, device=whole.index.device)
-    windows = Windows(cut(whole.index), cut(whole.mask), whole.marks.each(cut), size, of_candidate)
+    marks, lengths = whole.marks.each(cut), None if whole.lengths is None else whole.lengths[part]
+    windows = Windows(cut(whole.index), cut(whole.mask), marks, size, of_candidate, lengths)
     return _candidates(replace(query, windows=windows), begin, end)
 
 

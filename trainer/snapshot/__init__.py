@@ -16,6 +16,7 @@ against the config, and replays the recorded requests on demand.
 """
 
 from trainer.snapshot.fetching import load_fetched, shown
-from trainer.snapshot.loading import Snapshot, exported_at, load_search, load_snapshot, resolve
+from trainer.snapshot.loading import Snapshot, load_search, load_snapshot
+from trainer.snapshot.resolving import exported_at, resolve
 
 __all__ = ["Snapshot", "exported_at", "load_fetched", "load_search", "load_snapshot", "resolve", "shown"]

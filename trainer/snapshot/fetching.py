@@ -8,8 +8,9 @@ from pathlib import Path
 from embeddings.errors import SnapshotError, UnavailableError
 from trainer.sealed_folder import DIGEST, MANIFEST, locked, retire
 from trainer.snapshot.chain import Chain, read_chain
-from trainer.snapshot.loading import Snapshot, load_snapshot, resolve
+from trainer.snapshot.loading import Snapshot, load_snapshot
 from trainer.snapshot.manifest import SEAL
+from trainer.snapshot.resolving import resolve
 from trainer.storage import is_remote
 from trainer.storage.fetched import cache_of, drop_old, fetch, put
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from embeddings.errors import ConfigError, DataError, SnapshotError, UnavailableError
+from embeddings.errors import ConfigError, DataError, SnapshotError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import StoredTable
@@ -32,21 +32,18 @@ from trainer.snapshot.checking import check_files
 from trainer.snapshot.id_maps import Int64s, LayeredIds
 from trainer.snapshot.manifest import (
     DENSE,
-    LATEST,
     OWN,
     RECORDED,
-    VERSION_NAME,
     SearchPart,
     SnapshotManifest,
     search_stem,
 )
 from trainer.snapshot.mapped_files import MappedFiles
 from trainer.snapshot.posterior_file import read_posteriors
+from trainer.snapshot.resolving import resolve
 from trainer.snapshot.rows import expect_like, read_tensors
 from trainer.snapshot.uncertainty import Judgement, Posterior, with_one
 from trainer.snapshot.vector_entries import FOLDER
-from trainer.storage import is_remote
-from trainer.storage.objects import written_at
 
 _MOST_RETRIES = 10
 # A snapshot scores its recorded requests as it did when it was exported: bit for bit on that machine. Another
@@ -56,6 +53,7 @@ OWN_TOLERANCE = 1e-5
 OWN_EXCEPTIONS = 0.01
 _LONGEST_REASON = 500
 _T = TypeVar("_T")
+Model = Callable[[RequestBatch], Prediction]
 
 
 class RecordedRequests(NamedTuple):
@@ -87,26 +85,26 @@ class Snapshot:
     files: MappedFiles = field(default_factory=MappedFiles)
 
     @torch.no_grad()
-    def score(self, batch: RequestBatch) -> Tensor:
-        """Probabilities, float32 [C, T], of a batch as the reader gives it: with ids, not rows."""
-        prediction: Prediction = self.model(self.with_rows(batch))
+    def score(self, batch: RequestBatch, model: Model | None = None) -> Tensor:
+        """Probabilities, float32 [C, T], of a batch with ids, as the reader gives it; by `model`, of rows."""
+        prediction = (model or self.model)(self.with_rows(batch))
         return prediction.logits.sigmoid()
 
     @torch.no_grad()
-    def features(self, batch: RequestBatch) -> tuple[Tensor, list[Tensor]]:
+    def features(self, batch: RequestBatch, model: Model | None = None) -> tuple[Tensor, list[Tensor]]:
         """Of such a batch: logits [C, T], and of each task phi [C, D], see `trainer.snapshot.uncertainty`.
 
         The head must have last layers, see `Head.last_layer_obstacle`.
         """
         layers = self.model.head.last_layers()
         with watched(layers) as given:
-            prediction: Prediction = self.model(self.with_rows(batch))
+            prediction = (model or self.model)(self.with_rows(batch))
         return prediction.logits, [with_one(given[layer.map]) for layer in layers]
 
-    def judge(self, batch: RequestBatch) -> Judgement:
+    def judge(self, batch: RequestBatch, model: Model | None = None) -> Judgement:
         """What it says of such a batch, and how sure it is; for a version that has posteriors."""
         with torch.no_grad():
-            return Judgement.of(*self.features(batch), self.posteriors)
+            return Judgement.of(*self.features(batch, model), self.posteriors)
 
     @torch.no_grad()
     def search(self, batch: RequestBatch) -> dict[str, Selection]:
@@ -230,37 +228,6 @@ class Snapshot:
                 f"are {bounds.score_bound:.3g} and {bounds.mean_bound:.3g}: export again, on this version of "
                 "the software or with a wider --dtype or --attention-dtype",
             )
-
-
-def resolve(path: Path) -> Path:
-    """A version's folder, or the newest version of a folder of versions."""
-    if (path / MANIFEST).is_file():
-        return path
-    try:
-        name = (path / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        if is_remote(path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise UnavailableError(path, f"cannot be read: {error.strerror or error}") from None
-        raise SnapshotError(
-            path,
-            "no snapshot here (neither manifest.json nor LATEST); run `tandemrec export`, or wait for the "
-            "first version of `tandemrec online`",
-        ) from None
-    if not VERSION_NAME.fullmatch(name):
-        raise SnapshotError(path / LATEST, f"names {name!r}, which is no version")
-    return path / name
-
-
-def exported_at(version: Path, manifest: SnapshotManifest) -> float | None:
-    """When a version was exported, in seconds since 1970; None where that cannot be said.
-
-    A version of earlier software does not say it. Then it is when its manifest was written where it lies.
-    """
-    if manifest.exported_at is not None:
-        return float(manifest.exported_at)
-    with suppress(OSError):
-        return written_at(version / MANIFEST)
-    return None
 
 
 def load_snapshot(path: Path, known: Collection[Path] = ()) -> Snapshot:

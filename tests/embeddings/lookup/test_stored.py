@@ -61,6 +61,21 @@ def test_bags_sum_the_rows_that_they_name(seed: int, dtype: str) -> None:
     assert torch.equal(sum_bags(stored, single, torch.arange(41)), to_float(stored))
 
 
+@pytest.mark.parametrize("dim", [1, 4, 31, 64])
+def test_bags_of_one_half_are_as_if_they_were_summed_in_floats(dim: int) -> None:
+    """Every finite half, both zeros and those below the normal ones included, and bags that are empty."""
+    halves = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16)
+    halves = halves[halves.isfinite()]
+    stored = halves[: halves.numel() // dim * dim].view(-1, dim)
+    ids = torch.randperm(stored.shape[0], generator=drawing(dim))
+    offsets = torch.cat([torch.zeros(2, dtype=torch.int64), torch.arange(ids.numel() + 1)])
+    found = sum_bags(stored, ids, offsets)
+    slow = torch.nn.functional.embedding_bag(
+        ids, stored.float(), offsets, mode="sum", include_last_offset=True
+    )
+    assert found.dtype == torch.float32 and torch.equal(found.view(torch.int32), slow.view(torch.int32))
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
 def test_ids_outside_the_table_are_errors(dtype: str) -> None:
     stored = to_stored(table(1, 10, 8, 1.0), dtype)  # type: ignore[arg-type]

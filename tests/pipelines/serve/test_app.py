@@ -147,6 +147,7 @@ def change(path: str, value: Any) -> Callable[[Body], None]:
     return apply
 
 
+FEW = {"limits__history": 40, "limits__candidates": 6, "limits__body": 20_000}
 REFUSED = [
     (
         change("candidates.item_id.1", 60),
@@ -206,7 +207,7 @@ def test_refused_requests(
     snapshot: Snapshot, monkeypatch: Patch, asked: list[tuple[tuple[int, int], Body]]
 ) -> None:
     async def run() -> None:
-        service = service_of(snapshot, monkeypatch, history=40, candidates=6, body=20_000)
+        service = service_of(snapshot, monkeypatch, **FEW)
         async with serving(service) as client:
             fine = long_enough(asked)
             await client.score(fine)
@@ -235,7 +236,7 @@ def test_refused_requests(
             set_limits(service, replace(service.limits, body=10**7))
             assert await refused(client, many) == (
                 413,
-                "65 requests, the server takes 64 (--max-requests)",
+                "65 requests, the server takes 64 (limits.requests)",
             )
             for path, method in (("/nothing", "GET"), ("/score", "GET")):
                 answer = await client.http.request(method, path)
@@ -297,7 +298,7 @@ def test_requests_that_wait_together_are_scored_by_one_call(
     expected: dict[tuple[int, int], np.ndarray],
 ) -> None:
     async def run() -> None:
-        async with serving(service_of(snapshot, monkeypatch, window=0.05)) as client:
+        async with serving(service_of(snapshot, monkeypatch, batching__window_ms=50)) as client:
             some = asked[:24]
             answers = await asyncio.gather(*(client.score(body) for _, body in some))
             for (name, _), answer in zip(some, answers, strict=True):
@@ -322,13 +323,13 @@ def test_a_failing_request_fails_alone_and_says_nothing(
     """Whatever breaks inside is an answer 500 without a traceback, and its company gets its scores."""
     plain = type(snapshot).score
 
-    def breaks(self: Snapshot, batch: Any) -> torch.Tensor:
+    def breaks(self: Snapshot, batch: Any, *more: Any) -> torch.Tensor:
         if (batch.user_id == -5).any():
             raise RuntimeError("a secret of the inside")
-        return plain(self, batch)
+        return plain(self, batch, *more)
 
     async def run() -> None:
-        service = service_of(snapshot, monkeypatch, window=0.05)
+        service = service_of(snapshot, monkeypatch, batching__window_ms=50)
         monkeypatch.setattr(type(snapshot), "score", breaks)
         async with serving(service) as client:
             sent = [{**body, "user_id": -5 if n == 3 else 1} for n, (_, body) in enumerate(asked[:8])]
@@ -345,7 +346,9 @@ def test_too_many_waiting_is_429(
     snapshot: Snapshot, monkeypatch: Patch, asked: list[tuple[tuple[int, int], Body]]
 ) -> None:
     async def run() -> None:
-        async with serving(service_of(snapshot, monkeypatch, waiting=2, window=0.2)) as client:
+        async with serving(
+            service_of(snapshot, monkeypatch, batching__waiting=2, batching__window_ms=200)
+        ) as client:
             answers = await asyncio.gather(
                 *(client.http.post("/score", json={"requests": [asked[0][1]]}) for _ in range(9))
             )

@@ -25,11 +25,11 @@ from trainer.log.schema import read_manifest
 ROWS = random_rows(4, Shape(users=8))
 # A body may have 1 MB, all clients 4 MB, and each a second.
 LIMITS = {
-    "max-body": 1_000_000,
-    "max-json": 500_000,
-    "max-in-flight": 4_000_000,
-    "max-connections": 30,
-    "client-seconds": 1,
+    "limits.body": 1_000_000,
+    "limits.json_body": 500_000,
+    "limits.in_flight": 4_000_000,
+    "http.connections": 30,
+    "http.client_seconds": 1,
 }
 # What attacks may add to the memory of a server at work, far below what each added once. What scoring a
 # large body takes is no attack's doing: the C library keeps some of it or not, as it comes.
@@ -85,7 +85,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = write_log(folder / "log", {"train": ROWS})
     snapshot = published(preset("dare", log), folder / "snapshot").parent
     body = next(b for _, b in bodies(read_manifest(log), ROWS) if len(b["history"]["timestamp"]) > 20)
-    words = [word for name, value in LIMITS.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in LIMITS.items() for word in ("--set", f"{name}={value}")]
     with server(snapshot, *words) as (process, url):
         assert process.pid is not None
         running = Served(process.pid, url, body)
@@ -153,7 +153,7 @@ def test_uploads_that_never_end_hold_no_more_than_the_budget(served: Served) -> 
     )
     with ExitStack() as open_:
         uploads = [open_.enter_context(served.open(head + b"x" * 600_000)) for _ in range(20)]
-        assert served.metric("tandemrec_in_flight_bytes") <= LIMITS["max-in-flight"]
+        assert served.metric("tandemrec_in_flight_bytes") <= LIMITS["limits.in_flight"]
         assert call(f"{served.url}/healthz")[0] == 200
         said = [upload.recv(400) for upload in uploads]
         assert {answer.split()[1] for answer in said} == {b"408", b"503"}
@@ -164,7 +164,7 @@ def test_connections_are_counted_and_have_their_time(served: Served) -> None:
     """Half a head is answered after a second, and one connection more than there may be at once."""
     half = [b"", b"GET /healthz HTTP/1.1\r\nx: "]
     with ExitStack() as open_:
-        idle = [open_.enter_context(served.open(half[n % 2])) for n in range(LIMITS["max-connections"])]
+        idle = [open_.enter_context(served.open(half[n % 2])) for n in range(LIMITS["http.connections"])]
         more = open_.enter_context(served.open())
         assert b" 503 " in more.recv(400)
         assert b" 408 " in idle[0].recv(400) and b" 408 " in idle[1].recv(400)

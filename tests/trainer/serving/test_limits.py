@@ -14,7 +14,6 @@ import pytest
 
 import pipelines.serve.updates as updates_module
 from embeddings.errors import DataError
-from pipelines.serve.load import LoadLimits
 from tests.helpers.logs import INFOS, Shape, enrich, random_rows, write_log
 from tests.helpers.models import preset
 from tests.helpers.serving import ARROW, Client, bodies, service_of, serving, set_limits, snapshot_of, stream
@@ -174,7 +173,7 @@ def test_a_long_history_is_cut_to_what_the_model_reads(
         ids.append(ids[-1])
 
     async def run() -> None:
-        async with serving(service_of(snapshot, monkeypatch, history=12)) as client:
+        async with serving(service_of(snapshot, monkeypatch, limits__history=12)) as client:
             found = [(await client.score(b, explain=True))["results"][0] for b in (fine, short, later)]
             assert [part["history_used"] for part in found] == [12, 12, 12]
             assert found[0] == found[2] and found[0]["scores"] == found[1]["scores"]
@@ -187,7 +186,7 @@ def test_a_long_history_is_cut_to_what_the_model_reads(
             set_limits(client.service, Limits(history=11))
             assert await post(client, of(fine)) == (
                 413,
-                "requests[0].history: 12 behaviors, the server takes 11 (--max-history)",
+                "requests[0].history: 12 behaviors, the server takes 11 (limits.history)",
             )
 
     asyncio.run(run())
@@ -198,9 +197,9 @@ BAD_JSON = [
     (b'{"requests": [{"candidates": {"item_id" : [1], "item_id" : [2]}}]}', 422, "'item_id' occurs twice"),
     (b'{"requests": [{"candidates": {"item_id": [' + b",".join([b'""'] * 9_000) + b"]}}]}", 422, "requests"),
     (b'{"requests": [' + b",".join([b"{}"] * 300) + b"]}", 413, "300 requests, the server takes 64"),
-    (b'{"requests": [{"candidates": {"item_id": [' + b"1," * 25_000 + b"1]}}]}", 413, "--max-ids"),
-    (b'{"requests": [{"candidates": {"tags": [' + b"[]," * 2_000 + b"[]]}}]}", 413, "--max-ids"),
-    (b'{"requests": "' + b"x" * 100_000 + b'"}', 413, "JSON longer than 90,000 bytes (--max-json)"),
+    (b'{"requests": [{"candidates": {"item_id": [' + b"1," * 25_000 + b"1]}}]}", 413, "limits.ids"),
+    (b'{"requests": [{"candidates": {"tags": [' + b"[]," * 2_000 + b"[]]}}]}", 413, "limits.ids"),
+    (b'{"requests": "' + b"x" * 100_000 + b'"}', 413, "JSON longer than 90,000 bytes (limits.json_body)"),
     (b'{"requests": [{"time": ' + b"9" * 50_000 + b"}]}", 422, "Invalid JSON: number out of range"),
     (b'{"requests": [{"time": 1e400}]}', 422, "requests[0].time"),
     (b'{"requests": [{"time": NaN}]}', 422, "requests[0].time"),
@@ -210,7 +209,7 @@ BAD_JSON = [
 
 def test_json_is_weighed_before_it_is_parsed(snapshot: Snapshot, monkeypatch: Patch, fine: Body) -> None:
     async def run() -> None:
-        limits = {"json": 90_000, "ids": 20_000, "bag": 9}
+        limits = {"limits__json_body": 90_000, "limits__ids": 20_000, "limits__bag": 9}
         async with serving(service_of(snapshot, monkeypatch, **limits)) as client:
             await client.score(fine)
             for content, status, message in BAD_JSON:
@@ -219,7 +218,7 @@ def test_json_is_weighed_before_it_is_parsed(snapshot: Snapshot, monkeypatch: Pa
             fine["candidates"]["tags"][1] = [1] * 10
             assert await post(client, of(fine)) == (
                 413,
-                "requests[0].candidates.tags[1]: 10 ids, the server takes 9 of one (--max-bag)",
+                "requests[0].candidates.tags[1]: 10 ids, the server takes 9 of one (limits.bag)",
             )
             found = await post(client, b"\x1f\x8b", **{"content-encoding": "gzip"})
             assert found == (415, "content encoding 'gzip' is not read; send the body as it is")
@@ -278,9 +277,9 @@ def test_arrow_that_would_grow_is_refused(fine: Body, needs: Needs) -> None:
     count = len(fine["candidates"]["item_id"])
     shared = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), views([100] * count))
     found = refusal(stream(arrow(fine, candidate_tags=shared)), needs, ids=100 + 50 * count)
-    assert found[0] == 413 and "--max-ids" in found[1]
+    assert found[0] == 413 and "limits.ids" in found[1]
     found = refusal(stream(arrow(fine, candidate_tags=shared)), needs, bag=99)
-    assert found[0] == 413 and "100 ids, the server takes 99 of one (--max-bag)" in found[1]
+    assert found[0] == 413 and "100 ids, the server takes 99 of one (limits.bag)" in found[1]
     zeros = pa.DictionaryArray.from_arrays(pa.array([0]), pa.array(np.zeros(200_000, np.int64)))
     content = stream(pa.table({"anything": zeros}), compression="zstd")
     assert len(content) < 5_000 and "compressed Arrow" in refusal(content, needs)[1]
@@ -344,7 +343,8 @@ def test_newer_versions_are_looked_for_whatever_is_raised(
             await until(client, True)
             client.service.tasks[0].cancel()
             await asyncio.wait(client.service.tasks[:1])
-            assert (await client.http.get("/readyz")).status_code == 503
+            for path in ("/readyz", "/livez", "/v2/health/live"):
+                assert (await client.http.get(path)).status_code == 503
 
     asyncio.run(run())
 
@@ -356,9 +356,9 @@ def test_reload_wants_the_token(snapshot: Snapshot, monkeypatch: Patch) -> None:
             for headers in ({}, {"authorization": "Bearer x"}, {"authorization": "Bearer \u00e9".encode()}):
                 answer = await client.http.post("/reload", headers=headers)
                 assert answer.status_code == 403 and "Bearer TOKEN" in answer.json()["error"]
-            service.token = ""
+            service.reload_token = None
             answer = await client.http.post("/reload", headers={"authorization": "Bearer "})
-            assert answer.status_code == 403 and "--reload-token-file" in answer.json()["error"]
+            assert answer.status_code == 403 and "access.reload_token_file" in answer.json()["error"]
 
     asyncio.run(run())
 
@@ -415,7 +415,13 @@ def test_bytes_in_flight_are_one_budget(snapshot: Snapshot, monkeypatch: Patch, 
     """Bodies beyond it are turned away at once, and what a client left behind counts no longer."""
 
     async def run() -> None:
-        service = service_of(snapshot, monkeypatch, load=LoadLimits(in_flight=100_000, seconds=0.3))
+        service = service_of(
+            snapshot,
+            monkeypatch,
+            limits__body=100_000,
+            limits__in_flight=100_000,
+            http__client_seconds=0.3,
+        )
         async with serving(service) as client:
             go = asyncio.Event()
 
@@ -427,7 +433,7 @@ def test_bytes_in_flight_are_one_budget(snapshot: Snapshot, monkeypatch: Patch, 
             while not service.in_flight.held:
                 await asyncio.sleep(0)
             answer = await client.http.post("/score", content=b"x" * 50_000)
-            assert answer.status_code == 503 and "--max-in-flight" in answer.json()["error"]
+            assert answer.status_code == 503 and "limits.in_flight" in answer.json()["error"]
             assert answer.headers["retry-after"] == "1"
             assert await client.metric("tandemrec_in_flight_bytes") == 70_000
             assert (await waiting).status_code == 408

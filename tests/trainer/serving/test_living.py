@@ -13,8 +13,9 @@ import pytest
 
 from embeddings.ids.stage import IdStage
 from pipelines.export_version import ExportOptions, publish_version
-from pipelines.serve.app import Service
 from pipelines.serve.metrics import Metrics
+from pipelines.serve.service import Service
+from pipelines.serve.settings import ServeSettings, UpdateSettings
 from tests.helpers.living import RAW, raw_id, raw_rows, see, stage_of
 from tests.helpers.logs import Shape, write_log
 from tests.helpers.models import preset
@@ -26,8 +27,7 @@ from trainer.log.schema import read_manifest
 from trainer.ranks.process_group import process_group
 from trainer.serving.histories import HistoryStore
 from trainer.serving.raw_ids import raw_ids
-from trainer.serving.request import Limits, RequestError
-from trainer.serving.scheduler import BatchSettings
+from trainer.serving.request import RequestError
 from trainer.serving.versions import Versions
 from trainer.snapshot import load_snapshot
 
@@ -56,7 +56,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def service_at(root: Path, poll: float = 0.0) -> Service:
-    return Service(Versions(root / "out"), Metrics(), Limits(), BatchSettings(), poll)
+    return Service(
+        Versions(root / "out"), Metrics(), ServeSettings(updates=UpdateSettings(poll_seconds=poll))
+    )
 
 
 def spelled(body: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def test_a_page_sends_back_what_it_was_told(root: Path) -> None:
 
     async def run() -> None:
         store = HistoryStore(root / "log")
-        service = Service(Versions(root / "out", store), Metrics(), Limits(), BatchSettings())
+        service = Service(Versions(root / "out", store), Metrics())
         async with serving(service) as client:
             user = max(ROWS, key=lambda row: row["num_behaviors"])["user_id"]
             told = (await client.http.get(f"/users/{user}")).json()

@@ -68,7 +68,7 @@ def raw_of(feature: str, ids: list[int]) -> list[Any]:
 def test_raw_values_score_as_their_ids(
     log: Path, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In JSON and in Arrow with text plain, in views and in dictionaries; unknown ones are 0 and counted."""
+    """In JSON, as tensors, and in Arrow with text in any form; unknown ones are 0 and counted."""
     body = next(b for _, b in bodies(read_manifest(log), ROWS) if len(b["history"]["timestamp"]) > 20)
     raw = json.loads(json.dumps(body))
     for part in (raw["history"]["features"], raw["candidates"]):
@@ -84,6 +84,8 @@ def test_raw_values_score_as_their_ids(
     row = {"request_timestamp": body["time"], "history_timestamp": body["history"]["timestamp"]}
     for side, part in (("history", raw["history"]["features"]), ("candidate", raw["candidates"])):
         row |= {f"{side}_{name}": values for name, values in part.items()}
+
+    kinds = {str: "BYTES", int: "INT64"}
 
     async def run() -> None:
         service = service_of(snapshot, monkeypatch)
@@ -110,6 +112,16 @@ def test_raw_values_score_as_their_ids(
                 read = pa.ipc.open_stream(answer.content).read_all()
                 assert read["score_click"][0].as_py() == pytest.approx(expected["scores"]["click"], abs=1e-7)
                 assert read["unknown"].to_pylist() == [sum(unknown.values())]
+            tensors = {name: each if isinstance(each, list) else [each] for name, each in row.items()}
+            inputs = [
+                {"name": name, "shape": [len(each)], "datatype": kinds[type(each[0])], "data": each}
+                for name, each in tensors.items()
+            ]
+            sent = {"inputs": inputs, "parameters": {"ids": "raw"}}
+            answer = await client.http.post("/v2/models/tandemrec/infer", json=sent)
+            outputs = {each["name"]: each["data"] for each in answer.json()["outputs"]}
+            assert outputs["score_click"] == pytest.approx(expected["scores"]["click"], abs=1e-7)
+            assert outputs["unknown"] == [sum(unknown.values())]
             for wrong, ids, message in (
                 (raw, "dense", "history.features.item_id: holds text, and dense ids are integers"),
                 (

@@ -272,6 +272,11 @@ def test_window_by_window_is_the_same_search(
     assert torch.equal(found.index, expected.index)
     for name in MARK_ROWS:
         assert torch.equal(getattr(found.marks, name), getattr(expected.marks, name))
+    handed_on = search == "dot" and kind not in ("heads", "mlp")
+    assert (found.score is not None) == handed_on
+    if found.score is not None:
+        again = scorer.of_kept(query.vectors, expected)[:, 0]
+        assert torch.allclose(found.score[found.mask], again[found.mask], atol=1e-5, rtol=1e-5)
 
 
 def test_a_long_history_goes_through_tiles_and_chunks(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from embeddings.errors import DataError
 from pipelines.score import write_named_scores
-from pipelines.serve.app import Service
+from pipelines.serve.service import Service
 from tests.helpers.logs import FEATURES, Shape, random_rows, write_log
 from tests.helpers.models import preset
 from tests.helpers.serving import Client, bodies, service_of, serving, snapshot_of

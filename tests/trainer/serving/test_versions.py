@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import re
@@ -12,14 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+import embeddings.lookup.hot_rows as hot_rows_module
 from embeddings.errors import SnapshotError, TandemError, UnavailableError
+from pipelines.serve.metrics import Metrics
+from pipelines.serve.service import Service
+from pipelines.serve.settings import ServeSettings
 from tests.helpers.models import preset, small_log
-from tests.helpers.serving import published
+from tests.helpers.serving import bodies, published, serving
 from tests.helpers.snapshots import publish_copy
 from trainer.log.bags import Bags
+from trainer.log.schema import read_manifest as read_log
 from trainer.serving.latest import Sealed
 from trainer.serving.request import History, Request
 from trainer.serving.scorer import Scorer
@@ -102,6 +109,34 @@ def test_nothing_of_forty_old_versions_stays(root: Path) -> None:
     assert len(names) == files and not any("(deleted)" in name for name in names)
     assert own_mb() < before + 8
     assert versions.looks == {} and versions.latest_problem is None
+
+
+def test_a_service_lets_go_of_what_it_served(made: Path, tmp_path: Path) -> None:
+    """Nothing that decodes, waits, scores or answers holds a scorer once its bodies are answered."""
+    root = tmp_path / "snapshot"
+    shutil.copytree(made, root)
+    rows = pq.read_table(next((made.parent / "log" / "train").glob("*.parquet"))).to_pylist()
+    body = bodies(read_log(made.parent / "log"), rows)[0][1]
+    service = Service(Versions(root), Metrics(), ServeSettings())
+
+    async def run() -> None:
+        async with serving(service) as client:
+            files = len(mapped(root))
+            gc.collect()
+            gc.disable()
+            for number in range(3):
+                old = weakref.ref(service.versions.scorer)
+                assert (await client.score(body))["version"] == service.versions.scorer.version
+                publish_copy(root, root / f"v{number + 1:08d}", keep=2)
+                assert await service.updates.reload()
+                # What scored the last body may wait for the next one.
+                await client.score(body)
+                assert old() is None and len(mapped(root)) == files
+
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
 
 
 @pytest.mark.usefixtures("no_collector")
@@ -257,3 +292,24 @@ def test_the_age_of_a_version_is_that_of_its_export(root: Path) -> None:
     assert "exported_at" not in (root / _SECOND / "manifest.json").read_text()
     os.utime(root / _SECOND / "manifest.json", (5, 5))
     assert Versions(root).exported_at == 5
+
+
+def test_hot_rows_change_no_bit_and_go_on_with_the_next_version(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked of one version is hot in the next from its first request on."""
+    plain = Versions(root).scorer
+    request = asked(plain)
+    expected = plain.score([request])[0][0].probabilities
+    assert Versions(root, hot_rows=1 << 20).hot_counts == (0, 0, 0)  # these tables are small
+    monkeypatch.setattr(hot_rows_module, "SMALL", 0)
+    versions = Versions(root, hot_rows=1 << 15)
+    assert np.array_equal(versions.scorer.score([request])[0][0].probabilities, expected)
+    publish_copy(root, root / _SECOND)
+    assert versions.reload()
+    before = versions.hot_counts
+    assert before.kept > 0
+    assert np.array_equal(versions.scorer.score([request])[0][0].probabilities, expected)
+    now = versions.hot_counts
+    assert now.hot - before.hot == now.looked_up - before.looked_up > 0
+    assert now.kept == before.kept

@@ -187,6 +187,12 @@ def test_projected_vectors_are_written_where_they_are_asked_for(
         load_search(bare)
     assert not (bare / "search").exists() and load_search(whole)[1]
     one, other = load_snapshot(bare), load_snapshot(whole)
+    # They are not even read when a server starts, which a damaged one would else refuse to.
+    file = next((whole / "search").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    load_snapshot(whole)
+    with pytest.raises(SnapshotError, match="does not match the manifest"):
+        load_search(whole)
     assert torch.equal(one.recorded.own, one.recorded.trained)
     assert torch.equal(other.score(one.recorded.batch), one.recorded.own)
     # What nobody reads who scores is not checked, nor has to be there; who reads it is told.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import trainer.snapshot.rows as rows_module
 from embeddings.errors import SnapshotError
-from embeddings.lookup.stored import Dtype, PatchedRows, StoredTable, sum_bags, to_stored
+from embeddings.lookup.stored import Dtype, PatchedRows, RowStore, StoredTable, sum_bags, to_stored
 from tests.helpers.models import drawing
 from trainer.checkpoint.tensor_stream import TensorStream
 from trainer.snapshot import matrix_file
@@ -80,7 +80,7 @@ def test_deltas_laid_over_are_the_tables_they_were_made_of(
                 versions.append((path, write_rows(*given_)))
             wanted = to_stored(table, dtype)
             stored, every = mapped(versions), torch.arange(len(table))
-            rows = stored.index_select(every) if isinstance(stored, PatchedRows) else stored
+            rows = stored.index_select(every) if isinstance(stored, RowStore) else stored
             assert torch.equal(rows, wanted) and stored.shape == wanted.shape
             with closing(layers(versions)) as reader:
                 read = torch.cat([reader.take(min(4, len(table) - at)) for at in range(0, len(table), 4)])
@@ -168,6 +168,37 @@ def test_a_table_larger_than_the_machine_is_mapped(tmp_path: Path) -> None:
     # The system reads no more of it than was asked for (rr of VmFlags, proc(5)).
     *_, about = Path("/proc/self/smaps").read_text().partition(str(file))
     assert "rr" in re.search(r"VmFlags:(.*)", about)[1].split()
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_a_delta_over_a_mapped_table_copies_nothing(tmp_path: Path, grown: bool) -> None:
+    """Neither one changed row nor one more row takes private memory for the table that it is laid over."""
+    rows, dim = 200_000, 16
+    files = [tmp_path / "whole.safetensors", tmp_path / "delta.safetensors", tmp_path / "ids.safetensors"]
+    with TensorStream(files[0], {NAME: (torch.float32, (dim,))}, rows) as stream:
+        stream.append(NAME, torch.ones(rows, dim))
+    with TensorStream(files[1], {NAME: (torch.float32, (dim,))}, 1) as stream:
+        stream.append(NAME, torch.full((1, dim), 2.0))
+    with TensorStream(files[2], {"ids": (torch.int64, ())}, 1) as stream:
+        stream.append("ids", torch.tensor([rows if grown else 7]))
+    whole = map_one(files[0], NAME, torch.float32, (rows, dim))
+    patch = (map_one(files[2], "ids", torch.int64, (1,)), map_one(files[1], NAME, torch.float32, (1, dim)))
+    before = own_kb()
+    table = PatchedRows(rows + grown, whole, [patch])
+    ids = torch.arange(0, rows + grown, 100).repeat(3)
+    found = sum_bags(table, torch.cat([ids, patch[0]]), torch.arange(ids.numel() + 2))
+    assert torch.equal(found[-1], torch.full((dim,), 2.0)) and torch.equal(found[1], torch.ones(dim))
+    assert own_kb() - before < whole.nbytes / 1024 / 4
+    *_, about = Path("/proc/self/smaps").read_text().partition(str(files[0]))
+    # Pages that are no longer the file's, but a copy of this process alone (proc(5)).
+    assert re.search(r"Anonymous:\s+(\d+) kB", about)[1] == "0"  # type: ignore[index]
+
+
+def own_kb() -> int:
+    """Memory of this process that is no file's."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1])
 
 
 def test_what_was_written_has_the_digest_it_says(tmp_path: Path) -> None:

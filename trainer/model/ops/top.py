@@ -178,44 +178,89 @@ def top_of_groups(
 
     Any groups do that have no column in common; `best_CG` may have -inf for groups that do not exist.
     """
-    score = score_CX.numpy()
-    rows, width = score.shape
-    best = best_CG.numpy()
-    slack = None if doubt is None else doubt.slack.nan_to_num(0.0).numpy()[:, None]
-    bound = _kth(best, k) if slack is None else np.maximum(_kth(best, k) - slack, _LEAST)
+    rows, width = score_CX.shape
+    place, value = reaching(score_CX, best_CG, k, doubt)
+    return best_of_reaching(place, value, rows, width, k, last=last, doubt=doubt)[:2]
+
+
+def reaching(score_CX: Tensor, best_CG: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Ints, Floats]:
+    """The scores that may be among the K best of their row: places in the flat matrix, ascending, and scores.
+
+    Arguments are those of `top_of_groups`.
+    """
+    score, best = score_CX.numpy(), best_CG.numpy()
+    bound = _kth(best, k)
+    if doubt is not None:
+        bound = np.maximum(bound - _slack(doubt), _LEAST)
     # NaN is the best, but every comparison with it is false.
-    reached = ~(score < bound) if np.isnan(best).any() else score >= bound
-    flat, hit = score.reshape(-1), np.flatnonzero(reached)
+    place = np.flatnonzero(~(score < bound) if np.isnan(best).any() else score >= bound)
+    return place, score.reshape(-1)[place]
+
+
+def best_of_reaching(
+    place: Ints,
+    value: Floats,
+    rows: int,
+    width: int,
+    k: int,
+    *,
+    last: bool = False,
+    doubt: Doubt | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`top_of_groups` from what `reaching` found of all rows; and the scores, [rows, min(K, width)], 0 where
+    columns do not count."""
+    hit = place
     if last:
         # The matrix from its end to its beginning, rows too.
-        flat, hit = flat[::-1], flat.size - 1 - hit[::-1]
+        hit, value = rows * width - 1 - hit[::-1], value[::-1]
     reach = _filled(hit, rows, width)
     if reach.shape[1] > k:
         few = np.full(reach.shape, -np.inf, dtype=np.float32)
-        few[reach] = flat[hit]
+        few[reach] = value
         few[np.isnan(few)] = np.inf
-        if doubt is not None and slack is not None:
+        if doubt is not None:
+            slack = _slack(doubt)[::-1] if last else _slack(doubt)
             rank_of = np.full(reach.shape, -1, dtype=np.int64)
-            rank_of[reach] = flat.size - 1 - hit if last else hit
-            few = _settled(few, k, slack, rank_of, doubt, width)
-        # Of those equal to the K-th best the first.
-        kth = _kth(few, k)
-        keep = few >= kth
-        if np.count_nonzero(keep, axis=1).max() > k:
-            above, level = few > kth, few == kth
-            keep = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdims=True)))
-        hit = hit[keep[reach]]
+            rank_of[reach] = rows * width - 1 - hit if last else hit
+            doubtful, settled = _settled(few, k, slack, rank_of, doubt, width)
+            keep = _first_best(few, k)
+            if doubtful.size:
+                keep[doubtful] = _first_best(settled, k)
+        else:
+            keep = _first_best(few, k)
+        chosen = keep[reach]
+        hit, value = hit[chosen], value[chosen]
         reach = _filled(hit, rows, width)
     mask = np.zeros((rows, min(k, width)), dtype=bool)
     mask[:, : reach.shape[1]] = reach
     column = np.full(mask.shape, width - 1, dtype=np.int64)
     column[mask] = hit - np.repeat(np.arange(rows) * width, reach.sum(1))
-    columns = torch.from_numpy(column), torch.from_numpy(mask)
-    return (columns[0].flip(0), columns[1].flip(0)) if last else columns
+    score = np.zeros(mask.shape, dtype=np.float32)
+    score[mask] = value
+    found = torch.from_numpy(column), torch.from_numpy(mask), torch.from_numpy(score)
+    return (found[0].flip(0), found[1].flip(0), found[2].flip(0)) if last else found
 
 
-def _settled(few: Floats, k: int, slack: Floats, place: Ints, doubt: Doubt, width: int) -> NDArray[Any]:
-    """Scores by which the K best of each row are found; where rounding could decide, the exact ones do.
+def _slack(doubt: Doubt) -> Floats:
+    """[rows, 1]."""
+    slack: Floats = doubt.slack.nan_to_num(0.0).numpy()[:, None]
+    return slack
+
+
+def _first_best(few: NDArray[Any], k: int) -> NDArray[np.bool_]:
+    """Which are the K best of their row; of those equal to the K-th best the first."""
+    kth = _kth(few, k)
+    keep: NDArray[np.bool_] = few >= kth
+    if np.count_nonzero(keep, axis=1).max() > k:
+        above, level = few > kth, few == kth
+        keep = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdims=True)))
+    return keep
+
+
+def _settled(
+    few: Floats, k: int, slack: Floats, place: Ints, doubt: Doubt, width: int
+) -> tuple[Ints, NDArray[np.float64]]:
+    """Where rounding could decide which K are best: rows, and scores by which their K best are found.
 
     Of the rounded scores, what is above the K-th by more than the slack is one of the K best for sure, what
     is below it by more is none. `place`: of each score, flat in rows of `width` columns.
@@ -224,15 +269,13 @@ def _settled(few: Floats, k: int, slack: Floats, place: Ints, doubt: Doubt, widt
     sure = few > kth + slack
     zone = ~sure & (few >= kth - slack) & (few > -np.inf)
     zone &= (np.count_nonzero(zone, axis=1) > k - np.count_nonzero(sure, axis=1))[:, None]
-    if not zone.any():
-        return few
-    doubtful = zone.any(1)
-    settled = few.astype(np.float64)
-    settled[doubtful] = np.where(sure[doubtful], np.inf, -np.inf)
-    row, column = (torch.from_numpy(part) for part in np.divmod(place[zone], width))
-    exact: NDArray[np.float64] = doubt.exact(row, column).numpy()
-    settled[zone] = np.where(np.isnan(exact), np.inf, exact)
-    return settled
+    doubtful = np.flatnonzero(zone.any(1))
+    settled = np.where(sure[doubtful], np.inf, -np.inf)
+    if doubtful.size:
+        row, column = (torch.from_numpy(part) for part in np.divmod(place[zone], width))
+        exact: NDArray[np.float64] = doubt.exact(row, column).numpy()
+        settled[zone[doubtful]] = np.where(np.isnan(exact), np.inf, exact)
+    return doubtful, settled
 
 
 def _filled(hit: Ints, rows: int, width: int) -> NDArray[np.bool_]:

@@ -115,10 +115,17 @@ class HashCollision(TargetPooling):
         signature_NM = self.signatures(vector_ND)
         return signature_NM + torch.arange(self.hashes, device=signature_NM.device) * (1 << self.bits)
 
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        return {"bucket": self._narrow_buckets(key_ND)}
+
+    def _narrow_buckets(self, vector_ND: Tensor) -> Tensor:
+        """As they are kept: there are fewer than 2 ** 31."""
+        return self.buckets(vector_ND).to(torch.int32)
+
     def bucket_sums(self, behaviors: Behaviors) -> Tensor:
         """Sum of every bucket of every window: [W, hashes * 2 ** bits, D]."""
         windows = behaviors.windows
-        bucket_WXM = self.buckets(behaviors.raw.key_ND)[windows.index]
+        bucket_WXM = behaviors.raw.known_or("bucket", self._narrow_buckets)[windows.index].to(torch.int64)
         member_WBX = behaviors.value_SD.new_zeros(
             windows.index.shape[0], self.hashes << self.bits, windows.index.shape[1]
         )

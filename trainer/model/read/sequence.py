@@ -96,6 +96,10 @@ class SequenceModel(nn.Module):
         """Of all parts together."""
         raise NotImplementedError
 
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        """What it makes of attention vectors of behaviors whatever the candidates, as a search does."""
+        return {}
+
     def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
         """-> parts, each [C, *]."""
         raise NotImplementedError

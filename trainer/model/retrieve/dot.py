@@ -50,7 +50,15 @@ class SoftSearch(Search):
     def export_obstacle(cls, settings: Any) -> str:
         return ""
 
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        assert self.index.key is not None
+        return {"index": self.index.key(key_ND)}
+
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
-        own = replace(query, scorer=self.index, vectors=self.index.encode(query.raw))
+        # The scorer of the branch has other keys.
+        assert self.index.key is not None
+        known = {"key": query.raw.known_or("index", self.index.key)}
+        raw = replace(query.raw, known=known)
+        own = replace(query, scorer=self.index, vectors=self.index.encode(raw))
         # The index knows neither cross features nor sizes of clusters.
         return best_columns(own, self.k, self.doubt(own))

@@ -7,7 +7,7 @@ search consistent with the attention that follows it (TWIN, section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,12 +34,21 @@ class AttentionVectors:
         query_CD, key_ND: of candidates and behaviors; N is at least 1 (a padding row).
         group_C: int64 [C], each candidate's target group, 0 without groups.
         cross_N: float32 [N], additive score of each behavior from its cross features, or None.
+        known: what follows from the behaviors alone and was made before, by names that its users give
+            (`Scorer.of_behaviors`, `Search.of_behaviors`): [N, *] each; None where nothing was.
     """
 
     query_CD: Tensor
     key_ND: Tensor
     group_C: Tensor
     cross_N: Tensor | None = None
+    known: Mapping[str, Tensor] | None = None
+
+    def known_or(self, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is known by this name, or else what follows from the keys."""
+        if self.known is not None and name in self.known:
+            return self.known[name]
+        return make(self.key_ND)
 
     def in_full(self) -> AttentionVectors:
         """In single precision, where autocast halved the vectors."""
@@ -62,6 +71,10 @@ class Scorer(nn.Module):
     def encode(self, vectors: AttentionVectors) -> AttentionVectors:
         """Whatever is computed once for the batch; what the other methods are given."""
         return vectors
+
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        """What `encode` makes of behaviors whatever the candidates, by name: [N, *] each."""
+        return {}
 
     def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """Scores of whole windows, float32 [C, H, X]; -inf where the window holds nothing."""
@@ -146,9 +159,12 @@ class DotScorer(Scorer):
         if self.encoding is not None:
             query = self.encoding.target(query, vectors.group_C)
         if self.query is not None and self.key is not None:
-            query, key = self.query(query), self.key(key)
+            query, key = self.query(query), vectors.known_or("key", self.key)
         scale = max(query.shape[1] // self.heads, 1) ** -0.5
         return AttentionVectors(query * scale, key, vectors.group_C, vectors.cross_N)
+
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        return {} if self.query is None or self.key is None else {"key": self.key(key_ND)}
 
     def over_windows(self, vectors: AttentionVectors, windows: Windows) -> Tensor:
         """One batched product a head for all windows: the cost follows C x L, whatever a block holds."""

@@ -164,6 +164,13 @@ class Search(nn.Module):
         missing = self.k - column.shape[1]
         return query.windows.columns(F.pad(column, (0, missing)), F.pad(mask, (0, missing)))
 
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        """What it makes of attention vectors of behaviors whatever the candidates, by name: [N, *] each.
+
+        A search that is given `AttentionVectors.known` finds it there.
+        """
+        return {}
+
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         """-> columns of the windows, at most K a candidate, ascending, and which of them count."""
         raise NotImplementedError

@@ -43,10 +43,16 @@ class HammingSearch(Search):
         kind = f'search = "{settings.search}"'
         return f"{kind} compares bits of codes of whole behaviors, which are no sum over features"
 
+    def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
+        return {"code": self._bits(key_ND)}
+
+    def _bits(self, vector_ND: Tensor) -> Tensor:
+        return sign_bits(vector_ND, self.planes)
+
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         windows = query.windows
-        of_candidate = sign_bits(query.raw.query_CD, self.planes).float() * 2 - 1
-        of_behavior = sign_bits(query.raw.key_ND, self.planes).float() * 2 - 1
+        of_candidate = self._bits(query.raw.query_CD).float() * 2 - 1
+        of_behavior = query.raw.known_or("code", self._bits).float() * 2 - 1
         # Twice the distance is bits - <signs, signs>: exact small integers, by a matrix product.
         key_WXB = F.embedding(windows.index, of_behavior)
         alike = windows.slots.collect(windows.slots.spread(of_candidate) @ key_WXB.transpose(1, 2))

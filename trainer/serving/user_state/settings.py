@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import ByteSize, Field
 
 from trainer.config.toml import Settings
+from trainer.serving.user_state.stores import AnyStore
 
 
 class UserStateSettings(Settings):
@@ -17,3 +18,5 @@ class UserStateSettings(Settings):
     up in a table; a state takes several times as much memory."""
     least: int = Field(256, ge=1)
     """Behaviors. Users of fewer have no state: making everything again costs less than keeping it."""
+    store: AnyStore | None = None
+    """Where states lie that several processes share; without it, each has those in its own memory."""

@@ -1,9 +1,9 @@
 """The state of one user: their history, and what follows from it for each behavior.
 
 Behaviors are numbered by their place in the history as the client sent it, from 0, also where a request holds
-only the newest of them. Tensors have a row for each behavior of whole blocks of `BLOCK` places. A matrix
-product may round by the place of a row, so products are made a block at a time: what a behavior's rows are
-depends on the behavior and its place alone, and not on whether they were made at once or bit by bit.
+only the newest of them. Tensors have a row for each behavior. A matrix product may round by a row's place, so
+products are made for `BLOCK` places at a time: what a behavior's rows are depends on the behavior and its
+place alone, and not on whether they were made at once or bit by bit.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from torch import Tensor
 from trainer.log.bags import Bags, Ints
 from trainer.serving.request import History
 
-# Places of a block. Rows of every type begin at a multiple of 64 bytes there, as memory of their own does.
+# Places of a block of a product.
 BLOCK = 256
+# Places whose rows begin at a multiple of 64 bytes, whatever their type, as memory of their own does: rows
+# then lie alike in every state that has them.
+LINE = 64
+_CACHE_LINE = 64
 # Behaviors that tell users apart where a history is shorter than a block.
 _FIRST = 32
 _TIME, _IDS, _OFFSETS, _ROWS, _PLACE = "time", "ids/", "offsets/", "rows/", "place"
@@ -72,6 +76,11 @@ class Stretch:
         features = {name: _cut(bags, begin, end) for name, bags in self.features.items()}
         return Stretch(first, self.time[begin:end], features)
 
+    def join(self, newer: Stretch) -> Stretch:
+        """With the behaviors behind these; in memory of its own."""
+        features = {name: _joined(bags, newer.features[name]) for name, bags in self.features.items()}
+        return Stretch(self.first, np.concatenate([self.time, newer.time]), features)
+
     def copy(self) -> Stretch:
         """The same in memory of its own: a view keeps all that it was cut from."""
         features = {
@@ -112,8 +121,8 @@ class UserState:
     Attributes:
         key: digest of the snapshot, of the settings that matter, and of the user.
         known: the behaviors that it is of.
-        origin: place of the first row of every tensor, the beginning of a block.
-        rows: name -> [P, ...], P places of whole blocks; rows of places that are not in `known` mean nothing.
+        origin: place of the first row of every tensor, a multiple of `LINE`.
+        rows: name -> [P, ...]; rows of places that are not in `known` mean nothing.
         writable: whether places behind the last may be filled in where they lie.
     """
 
@@ -128,7 +137,12 @@ class UserState:
         """Of memory."""
         return self.known.nbytes + sum(part.numel() * part.element_size() for part in self.rows.values())
 
-    def knows(self, wanted: Stretch) -> bool:
+    @property
+    def places(self) -> int:
+        """P."""
+        return max((part.shape[0] for part in self.rows.values()), default=0)
+
+    def has(self, wanted: Stretch) -> bool:
         """Whether it has all of these behaviors, unchanged."""
         here = self.known.first <= wanted.first and wanted.last <= self.known.last
         return here and self.known.cut(wanted.first, wanted.last).equals(wanted)
@@ -144,6 +158,10 @@ class UserState:
     def part(self, name: str, first: int, last: int) -> Tensor:
         """Rows of places [first, last); a view."""
         return self.rows[name][first - self.origin : last - self.origin]
+
+    def rows_of(self, wanted: Stretch) -> dict[str, Tensor]:
+        """Rows of behaviors that it has, by name; views."""
+        return {name: self.part(name, wanted.first, wanted.last) for name in self.rows}
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it but the key, as tensors: what a store keeps."""
@@ -171,11 +189,12 @@ class UserState:
         for name, ids in _named(tensors, _IDS).items():
             offsets = tensors.get(f"{_OFFSETS}{name}")
             features[name] = Bags(ids.numpy(), None if offsets is None else offsets.numpy())
-        known, rows = Stretch(first, time, features), _named(tensors, _ROWS)
+        known = Stretch(first, time, features)
+        rows = {name: _from_line(part) for name, part in _named(tensors, _ROWS).items()}
         places = {part.shape[0] for part in rows.values()}
         reach = origin + max(places, default=0)
         whole = all(bags.size == time.size for bags in features.values())
-        if len(places) > 1 or not whole or origin % BLOCK or not origin <= first <= known.last <= reach:
+        if len(places) > 1 or not whole or origin % LINE or not origin <= first <= known.last <= reach:
             raise ValueError("no user's state: its parts do not fit together")
         return UserState(key, known, origin, rows, writable=False)
 
@@ -184,12 +203,24 @@ def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
 
 
+def _from_line(part: Tensor) -> Tensor:
+    """In memory that begins at a multiple of 64 bytes, as that of a state that was made here does."""
+    return part if part.data_ptr() % _CACHE_LINE == 0 else part.clone()
+
+
 def _cut(bags: Bags, begin: int, end: int) -> Bags:
     """Bags [begin, end), a view of the ids."""
     if bags.offsets is None:
         return Bags(bags.values[begin:end])
     offsets = bags.offsets[begin : end + 1]
     return Bags(bags.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
+def _joined(older: Bags, newer: Bags) -> Bags:
+    values = np.concatenate([older.values, newer.values])
+    if older.offsets is None and newer.offsets is None:
+        return Bags(values)
+    return Bags.of_lengths(values, np.concatenate([older.lengths, newer.lengths]))
 
 
 def _equal(mine: Bags, theirs: Bags) -> bool:
