@@ -106,7 +106,8 @@ class HashCollision(TargetPooling):
         if is_traced():
             # ONNX shifts no signed numbers.
             values = torch.tensor([1 << place for place in range(self.bits)])
-            return (bits.to(torch.int64) * values).sum(2)
+            summed: Tensor = (bits.to(torch.int64) * values).sum(2)
+            return summed
         digits: Tensor = bits.to(torch.int64) << torch.arange(self.bits, device=bits.device)
         return digits.sum(2)
 
