@@ -41,6 +41,13 @@ COLUMNS = {
     "answered/s": "{rate:.1f}", "p50 ms": "{p50_ms:.2f}", "p99 ms": "{p99_ms:.2f}",
     "p99.9 ms": "{p999_ms:.2f}", "errors": "{errors}", "CPU ms": "{cpu_ms:.2f}",
     "client cores": "{client_cores:.2f}", "late p99 ms": "{late_ms:.2f}",
+    "known": "{measured_hits:.2f}",
+}  # fmt: skip
+# Above 1: ours does more.
+RATIOS = {
+    "body": "{body}", "connections": "{connections}",
+    "rate to bare FastAPI": "{rate_bare:.2f}", "to ONNX Runtime": "{rate_onnx:.2f}",
+    "answers per CPU s to bare FastAPI": "{cpu_ms_bare:.2f}", "to ONNX Runtime's": "{cpu_ms_onnx:.2f}",
 }  # fmt: skip
 
 
@@ -90,6 +97,7 @@ class Bench:
         self.settings, self.folder, self.report, self.repeats = settings, folder, report, repeats
         self.model = settings.model()
         self.servers: dict[str, ServerProcess] = {}
+        self.compared: list[Row] = []
         self._capacity: dict[tuple[str, str], float] = {}
 
     def start(self, held: ExitStack) -> None:
@@ -131,8 +139,7 @@ class Bench:
                     rate = statistics.median(row["rate"] for row in rows)
                     key = name, shape
                     self._capacity[key] = max(self._capacity.get(key, 0.0), rate)
-                for rival, short in ((BARE, "bare"), (ONNX, "onnx")):
-                    self._ratio(f"rate_to_{short}_{shape}_{connections}", found[OURS], found[rival])
+                self._compare(shape, connections, found)
 
     def open_loops(self) -> None:
         """At shares of what each server can do."""
@@ -196,11 +203,16 @@ class Bench:
         self.report.rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
 
-    def _ratio(self, name: str, ours: Sequence[Row], theirs: Sequence[Row]) -> None:
-        """Of rates, and of processor seconds for one request."""
-        for key, of in (("rate", (ours, theirs)), ("cpu_ms", (theirs, ours))):
-            over, under = ([row[key] for row in rows] for rows in of)
-            self.report.ratio(name if key == "rate" else name.replace("rate", "cpu"), over, under)
+    def _compare(self, shape: str, connections: int, found: Mapping[str, Sequence[Row]]) -> None:
+        """What we do over what others do: answers a second, and answers for one processor second."""
+        row: Row = {"body": shape, "connections": connections}
+        for rival, short in ((BARE, "bare"), (ONNX, "onnx")):
+            for key, over, under in (("rate", OURS, rival), ("cpu_ms", rival, OURS)):
+                pairs = zip(found[over], found[under], strict=True)
+                ratio = statistics.median(a[key] / b[key] for a, b in pairs)
+                row[f"{key}_{short}"] = ratio
+                self.report.ratios[f"{key}_to_{short}_{shape}_{connections}"] = ratio
+        self.compared.append(row)
 
     def _outcomes(self) -> dict[str, float]:
         """What the server has known of users so far."""
@@ -237,5 +249,6 @@ def main(words: Sequence[str]) -> None:
         bench.open_loops()
         bench.forms()
         bench.known_users()
+        report.table(RATIOS, bench.compared)
     report.table(COLUMNS, report.rows)
     report.close()
