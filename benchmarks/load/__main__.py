@@ -34,7 +34,10 @@ from benchmarks.load.measure import Load, measured
 from embeddings.errors import TandemError
 from trainer.config.toml import Settings, load_settings
 
-OURS, BARE, ONNX, STATES = "tandemrec", "bare FastAPI", "bare FastAPI, ONNX Runtime", "tandemrec, states"
+OURS, STATES = "tandemrec", "tandemrec, states"
+BARE, ONNX, SCORER = "bare FastAPI", "bare FastAPI, ONNX Runtime", "bare FastAPI, our scorer"
+# Whom we are compared with -> what its ratios are called.
+RIVALS = {BARE: "bare", ONNX: "onnx", SCORER: "scorer"}
 _NAMES = ("rate", "p50_ms", "p99_ms", "p999_ms", "cpu_ms", "client_cores", "late_ms")
 COLUMNS = {
     "server and body": "{name}", "connections": "{connections}", "asked/s": "{asked_rate:.0f}",
@@ -46,8 +49,10 @@ COLUMNS = {
 # Above 1: ours does more.
 RATIOS = {
     "body": "{body}", "connections": "{connections}",
-    "rate to bare FastAPI": "{rate_bare:.2f}", "to ONNX Runtime": "{rate_onnx:.2f}",
-    "answers per CPU s to bare FastAPI": "{cpu_ms_bare:.2f}", "to ONNX Runtime's": "{cpu_ms_onnx:.2f}",
+    "rate to bare FastAPI with plain torch": "{rate_bare:.2f}", "with ONNX Runtime": "{rate_onnx:.2f}",
+    "with our scorer": "{rate_scorer:.2f}",
+    "answers per CPU s to plain torch": "{cpu_ms_bare:.2f}", "to ONNX Runtime": "{cpu_ms_onnx:.2f}",
+    "to our scorer": "{cpu_ms_scorer:.2f}",
 }  # fmt: skip
 
 
@@ -112,6 +117,7 @@ class Bench:
             OURS: serve_command(version, "grpc.port=0", "user_states.bytes=0"),
             BARE: [*rival, "torch", str(version)],
             ONNX: [*rival, "onnx", str(portable)],
+            SCORER: [*rival, "scorer", str(version)],
             STATES: serve_command(version, f"user_states.bytes={self.settings.state_bytes}"),
         }
         # One thread each: threads of OpenMP would else wait actively beside those of the others.
@@ -133,7 +139,7 @@ class Bench:
         for shape in self.settings.shapes:
             for connections in self.settings.connections:
                 load = Load("json", (self.bodies(shape, "json"),), connections)
-                found = self._rounds({name: load for name in (OURS, BARE, ONNX)}, self.settings.seconds)
+                found = self._rounds({name: load for name in (OURS, *RIVALS)}, self.settings.seconds)
                 for name, rows in found.items():
                     self._add(f"{name}, {shape}", load, rows)
                     rate = statistics.median(row["rate"] for row in rows)
@@ -206,7 +212,7 @@ class Bench:
     def _compare(self, shape: str, connections: int, found: Mapping[str, Sequence[Row]]) -> None:
         """What we do over what others do: answers a second, and answers for one processor second."""
         row: Row = {"body": shape, "connections": connections}
-        for rival, short in ((BARE, "bare"), (ONNX, "onnx")):
+        for rival, short in RIVALS.items():
             for key, over, under in (("rate", OURS, rival), ("cpu_ms", rival, OURS)):
                 pairs = zip(found[over], found[under], strict=True)
                 ratio = statistics.median(a[key] / b[key] for a, b in pairs)
