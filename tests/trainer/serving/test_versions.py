@@ -281,6 +281,32 @@ def test_a_file_that_is_written_again_with_the_same_content_is_fine(root: Path) 
     assert versions.scorer.snapshot.overwritten() == "" and versions.newer() is None
 
 
+@pytest.mark.parametrize("seen", ["by its answers", "by a look", "by both"])
+def test_files_that_are_mended_where_they_lie_are_taken_anew(root: Path, seen: str) -> None:
+    """Once, with nothing of what was kept while they were wrong; whoever asks need not wait for a look."""
+    versions = Versions(root)
+    file = root / _SECOND / "tables" / "attention.0.safetensors"
+    good = file.read_bytes()
+    for asked_for in (False, True):
+        spoiled = versions.scorer
+        overwritten(root)
+        if seen != "by a look":
+            versions.doubt(spoiled)
+        if seen != "by its answers":
+            with pytest.raises(SnapshotError, match="written over"):
+                versions.newer()
+        with pytest.raises(SnapshotError, match="corrupt"):
+            versions.reload()
+        assert versions.scorer is spoiled and versions.refused is not None
+        with file.open("r+b") as opened:
+            opened.write(good)
+        if not asked_for:
+            assert versions.newer() == root / _SECOND and versions.looks["mended"] == 1
+        assert versions.reload(retry=asked_for) and versions.scorer is not spoiled
+        assert versions.refused is None and versions.latest_problem is None
+        assert versions.newer() is None and not versions.reload()
+
+
 def test_the_age_of_a_version_is_that_of_its_export(root: Path) -> None:
     """Where a manifest does not say it, when it was written."""
     versions = Versions(root)
