@@ -135,7 +135,8 @@ class BatchingSettings(Settings):
     """Bytes of a body that is decoded at once, where the server has no histories. Longer ones wait for the
     thread that decodes them, one at a time."""
     threads: PositiveInt = BatchSettings.threads
-    """Threads of the model's matrix products."""
+    """Threads of the model's matrix products; of a model that searches, threads that share a request's
+    candidates in the search."""
 
     def settings(self) -> BatchSettings:
         """As the library takes them."""
