@@ -1,25 +1,17 @@
-"""How fast a snapshot scores one user's candidates, beside other implementations and the server (serving.md)
+"""How fast a snapshot scores one user's candidates, beside other implementations (serving.md)
 
-Score, split into search and ranking; other implementations of the same weights; the HTTP server, and how long
-it takes to start on large tables. All on one thread with random weights. Kinds run in turn, four times as
-often where histories are no longer than `compare`. Processor seconds stand beside those of the wall, because
-other work on the machine disturbs them less; ratios are of processor seconds, those of the server of the
-wall. The other implementations are measured in fp32, the server in the first of `dtypes`. --config is a TOML
-of `ServeBench`.
+Score, split into search and ranking; other implementations of the same weights; and how long a server takes
+to start on large tables. All on one thread with random weights. Kinds run in turn, four times as often where
+histories are no longer than `compare`. Processor seconds stand beside those of the wall, because other work
+on the machine disturbs them less; ratios are of processor seconds. The other implementations are measured in
+fp32. The server under load is `tandemrec bench load`. --config is a TOML of `ServeBench`.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
-import shutil
-import subprocess
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import uvicorn
 from pydantic import NonNegativeInt, PositiveInt
 
 from benchmarks.harness.options import Options
@@ -41,15 +32,11 @@ from embeddings.errors import TandemError
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import Dtype, to_stored
-from pipelines.serve.app import build_app
-from pipelines.serve.metrics import Metrics
-from pipelines.serve.service import Service
 from trainer.assemble import build_model
 from trainer.config.tasks import resolve_tasks
 from trainer.config.toml import Settings, load_settings
 from trainer.log.bags import Bags
 from trainer.run_config import Config
-from trainer.serving.arrow_body import MEDIA_TYPE
 from trainer.serving.request import History, Request
 from trainer.serving.scorer import Scorer
 from trainer.snapshot import Snapshot
@@ -58,7 +45,7 @@ from trainer.snapshot.manifest import InputFeature
 # By how tables are stored, and the width of the attention.
 Scorers = dict[tuple[Dtype, int], Scorer]
 _FEATURE = "item_id"
-_NUMBERS = ("p50_ms", "p99_ms", "cpu_ms", "search_cpu_ms", "ranking_cpu_ms", "requests_per_s")
+_NUMBERS = ("p50_ms", "p99_ms", "cpu_ms", "search_cpu_ms", "ranking_cpu_ms")
 _STARTS = ("start_s", "start_cpu_s", "resident_mb", "private_mb")
 _COLUMNS = {"one thread": "{name}", **{key: f"{{{key}:.2f}}" for key in (*_NUMBERS, *_STARTS)}}
 
@@ -70,8 +57,7 @@ class ServeBench(Settings):
         rows: of each table; lengths: L of the history; dims: widths of the attention vectors.
         dtypes: how all tables are stored.
         width: of the representation; candidates: of the request; k: behaviors kept.
-        compare: L at which the other implementations are measured too, and the server.
-        connections, calls: of the load on the server.
+        compare: L at which the other implementations are measured too.
         start_rows: of the two tables, of the narrowest of `dims`, that a server is started on; 0 = none.
     """
 
@@ -83,8 +69,6 @@ class ServeBench(Settings):
     candidates: PositiveInt = 500
     k: PositiveInt = 50
     compare: PositiveInt = 10_000
-    connections: PositiveInt = 16
-    calls: PositiveInt = 200
     start_rows: NonNegativeInt = 10_000_000
 
 
@@ -110,16 +94,6 @@ class _Manifest:
 _RECORDED = SimpleNamespace(batch=SimpleNamespace(request_time=torch.zeros(0)))
 
 
-class _FixedVersion:
-    """A version that never changes, in the place of `trainer.serving.versions.Versions`."""
-
-    histories = None
-    refused = None
-
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
-
-
 @one_thread()
 def main(words: Sequence[str]) -> None:
     given = Options("serve", __doc__).measuring(config=False).read(words)
@@ -136,7 +110,6 @@ def main(words: Sequence[str]) -> None:
             scorers[dtype, dim] = make_scorer(settings, (to_stored(table, dtype), dim), stored)
     _measure_scores(settings, scorers, repeats, report)
     _compare(settings, tables, representation, repeats, report)
-    _measure_server(settings, scorers[settings.dtypes[0], min(settings.dims)], repeats, report)
     report.rows += _measure_starts(settings, scorers)
     report.table(_COLUMNS, report.rows)
     report.show_ratios()
@@ -282,34 +255,6 @@ def _compare(
                 report.ratios[f"scorer_to_{name}_at_{dim}"] = seconds / cpu["scorer"]
 
 
-def _measure_server(settings: ServeBench, scorer: Scorer, repeats: int, report: Report) -> None:
-    """Measure the server with `hey`: with one connection beside the bare scorer, then with many."""
-    if shutil.which("hey") is None:
-        report.line("no `hey` on this machine: the server is not measured")
-        return
-    request, many = make_request(settings, settings.compare), settings.connections
-    scorer.clock = time.perf_counter
-    bare: list[float] = []
-    single: dict[str, list[float]] = {"arrow": [], "json": []}
-    with _server(scorer) as address, tempfile.TemporaryDirectory() as folder:
-        bodies = _bodies(request, Path(folder))
-        for _ in range(repeats):
-            bare.append(_bare_p50(scorer, request))
-            for kind, each in single.items():
-                each.append(median(_hey(f"{address}/score", *bodies[kind], 1, 20)[0]))
-        report.rows.append({"name": "bare scorer", "p50_ms": 1e3 * median(bare)})
-        for kind, each in single.items():
-            report.rows.append({"name": f"server, {kind}, 1 connection", "p50_ms": 1e3 * median(each)})
-        for kind in single:
-            seconds, rate = _hey(f"{address}/score", *bodies[kind], many, settings.calls)
-            p99 = 1e3 * float(np.quantile(seconds, 0.99))
-            row = {"name": f"server, {kind}, {many} connections", "p50_ms": 1e3 * median(seconds)}
-            report.rows.append({**row, "p99_ms": p99, "requests_per_s": rate})
-    for kind, each in single.items():
-        overheads = (over / under - 1 for over, under in zip(each, bare, strict=True))
-        report.ratios[f"server_overhead_{kind}"] = median(overheads)
-
-
 def _measure_starts(settings: ServeBench, scorers: Scorers) -> list[Row]:
     """Measure the start of a server on tables of `start_rows` rows, in each type."""
     if not settings.start_rows:
@@ -318,63 +263,3 @@ def _measure_starts(settings: ServeBench, scorers: Scorers) -> list[Row]:
     batch = scorers[settings.dtypes[0], dim].batch([make_request(settings, min(settings.lengths))])
     config, groups = _model(settings, dim, dim, max(settings.start_rows, settings.rows))
     return [measure_start(config, groups, batch, dtype) for dtype in settings.dtypes]
-
-
-def _bare_p50(scorer: Scorer, request: Request) -> float:
-    return median([sum(scorer.score([request])[1]) for _ in range(20)])
-
-
-@contextmanager
-def _server(scorer: Scorer) -> Iterator[str]:
-    """The app on a free port, in a thread of this process."""
-    service = Service(_FixedVersion(scorer), Metrics())  # type: ignore[arg-type]
-    server = uvicorn.Server(uvicorn.Config(build_app(service), port=0, log_level="warning", access_log=False))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def _bodies(request: Request, folder: Path) -> dict[str, tuple[str, Path]]:
-    """The same request in both forms, as files, with their content types."""
-    import pyarrow as pa
-
-    history, ids = request.history, request.history.features[_FEATURE].values
-    candidates = request.candidates[_FEATURE].values
-    row = {"timestamp": history.time.tolist(), "features": {_FEATURE: ids.tolist()}}
-    body = {
-        "requests": [{"history": row, "time": request.time, "candidates": {_FEATURE: candidates.tolist()}}]
-    }
-    (folder / "json").write_text(json.dumps(body), encoding="utf-8")
-    lists = {
-        "history_timestamp": history.time,
-        f"history_{_FEATURE}": ids,
-        f"candidate_{_FEATURE}": candidates,
-    }
-    columns = {name: pa.array([values], pa.list_(pa.int64())) for name, values in lists.items()}
-    table = pa.table({"request_timestamp": [request.time], **columns})
-    with pa.OSFile(str(folder / "arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return {"arrow": (MEDIA_TYPE, folder / "arrow"), "json": ("application/json", folder / "json")}
-
-
-def _hey(url: str, content_type: str, body: Path, connections: int, calls: int) -> tuple[list[float], float]:
-    """Seconds of every call, and calls a second."""
-    command = ["hey", "-n", str(calls), "-c", str(connections), "-m", "POST", "-t", "120"]
-    done = subprocess.run(
-        [*command, "-T", content_type, "-D", str(body), "-o", "csv", url],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answers = list(csv.DictReader(done.stdout.splitlines()))
-    if len(answers) < calls - calls % connections or {row["status-code"] for row in answers} != {"200"}:
-        raise TandemError(f"the server failed under {connections} connections: {done.stdout[-300:]}")
-    seconds = [float(row["response-time"]) for row in answers]
-    end = max(float(row["offset"]) + float(row["response-time"]) for row in answers)
-    return seconds, len(answers) / end

@@ -34,13 +34,25 @@ from benchmarks.load.measure import Load, measured
 from embeddings.errors import TandemError
 from trainer.config.toml import Settings, load_settings
 
-OURS, BARE, ONNX, STATES = "tandemrec", "bare FastAPI", "bare FastAPI, ONNX Runtime", "tandemrec, states"
+OURS, STATES = "tandemrec", "tandemrec, states"
+BARE, ONNX, SCORER = "bare FastAPI", "bare FastAPI, ONNX Runtime", "bare FastAPI, our scorer"
+# Whom we are compared with -> what its ratios are called.
+RIVALS = {BARE: "bare", ONNX: "onnx", SCORER: "scorer"}
 _NAMES = ("rate", "p50_ms", "p99_ms", "p999_ms", "cpu_ms", "client_cores", "late_ms")
 COLUMNS = {
     "server and body": "{name}", "connections": "{connections}", "asked/s": "{asked_rate:.0f}",
     "answered/s": "{rate:.1f}", "p50 ms": "{p50_ms:.2f}", "p99 ms": "{p99_ms:.2f}",
     "p99.9 ms": "{p999_ms:.2f}", "errors": "{errors}", "CPU ms": "{cpu_ms:.2f}",
     "client cores": "{client_cores:.2f}", "late p99 ms": "{late_ms:.2f}",
+    "known": "{measured_hits:.2f}",
+}  # fmt: skip
+# Above 1: ours does more.
+RATIOS = {
+    "body": "{body}", "connections": "{connections}",
+    "rate to bare FastAPI with plain torch": "{rate_bare:.2f}", "with ONNX Runtime": "{rate_onnx:.2f}",
+    "with our scorer": "{rate_scorer:.2f}",
+    "answers per CPU s to plain torch": "{cpu_ms_bare:.2f}", "to ONNX Runtime": "{cpu_ms_onnx:.2f}",
+    "to our scorer": "{cpu_ms_scorer:.2f}",
 }  # fmt: skip
 
 
@@ -90,6 +102,7 @@ class Bench:
         self.settings, self.folder, self.report, self.repeats = settings, folder, report, repeats
         self.model = settings.model()
         self.servers: dict[str, ServerProcess] = {}
+        self.compared: list[Row] = []
         self._capacity: dict[tuple[str, str], float] = {}
 
     def start(self, held: ExitStack) -> None:
@@ -104,6 +117,7 @@ class Bench:
             OURS: serve_command(version, "grpc.port=0", "user_states.bytes=0"),
             BARE: [*rival, "torch", str(version)],
             ONNX: [*rival, "onnx", str(portable)],
+            SCORER: [*rival, "scorer", str(version)],
             STATES: serve_command(version, f"user_states.bytes={self.settings.state_bytes}"),
         }
         # One thread each: threads of OpenMP would else wait actively beside those of the others.
@@ -125,14 +139,13 @@ class Bench:
         for shape in self.settings.shapes:
             for connections in self.settings.connections:
                 load = Load("json", (self.bodies(shape, "json"),), connections)
-                found = self._rounds({name: load for name in (OURS, BARE, ONNX)}, self.settings.seconds)
+                found = self._rounds({name: load for name in (OURS, *RIVALS)}, self.settings.seconds)
                 for name, rows in found.items():
                     self._add(f"{name}, {shape}", load, rows)
                     rate = statistics.median(row["rate"] for row in rows)
                     key = name, shape
                     self._capacity[key] = max(self._capacity.get(key, 0.0), rate)
-                for rival, short in ((BARE, "bare"), (ONNX, "onnx")):
-                    self._ratio(f"rate_to_{short}_{shape}_{connections}", found[OURS], found[rival])
+                self._compare(shape, connections, found)
 
     def open_loops(self) -> None:
         """At shares of what each server can do."""
@@ -196,11 +209,16 @@ class Bench:
         self.report.rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
 
-    def _ratio(self, name: str, ours: Sequence[Row], theirs: Sequence[Row]) -> None:
-        """Of rates, and of processor seconds for one request."""
-        for key, of in (("rate", (ours, theirs)), ("cpu_ms", (theirs, ours))):
-            over, under = ([row[key] for row in rows] for rows in of)
-            self.report.ratio(name if key == "rate" else name.replace("rate", "cpu"), over, under)
+    def _compare(self, shape: str, connections: int, found: Mapping[str, Sequence[Row]]) -> None:
+        """What we do over what others do: answers a second, and answers for one processor second."""
+        row: Row = {"body": shape, "connections": connections}
+        for rival, short in RIVALS.items():
+            for key, over, under in (("rate", OURS, rival), ("cpu_ms", rival, OURS)):
+                pairs = zip(found[over], found[under], strict=True)
+                ratio = statistics.median(a[key] / b[key] for a, b in pairs)
+                row[f"{key}_{short}"] = ratio
+                self.report.ratios[f"{key}_to_{short}_{shape}_{connections}"] = ratio
+        self.compared.append(row)
 
     def _outcomes(self) -> dict[str, float]:
         """What the server has known of users so far."""
@@ -237,5 +255,6 @@ def main(words: Sequence[str]) -> None:
         bench.open_loops()
         bench.forms()
         bench.known_users()
+        report.table(RATIOS, bench.compared)
     report.table(COLUMNS, report.rows)
     report.close()

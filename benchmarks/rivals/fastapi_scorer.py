@@ -1,6 +1,7 @@
 """A scorer behind FastAPI as one writes it in an hour: the same weights, one request a call, no checks.
 
     python -m benchmarks.rivals.fastapi_scorer torch SNAPSHOT
+    python -m benchmarks.rivals.fastapi_scorer scorer SNAPSHOT
     python -m benchmarks.rivals.fastapi_scorer onnx PORTABLE
 
 It scores on the event loop, on one thread: with one core there is nothing quicker for a request alone. It has
@@ -24,6 +25,10 @@ from pydantic import BaseModel
 
 from benchmarks.inputs.served_model import FEATURE
 from benchmarks.rivals.serving_programs import PlainProgram
+from trainer.log.bags import Bags
+from trainer.serving.request import History as PastBehaviors
+from trainer.serving.request import Request
+from trainer.serving.scorer import Scorer
 from trainer.snapshot import load_snapshot
 
 Ids = npt.NDArray[np.int64]
@@ -97,7 +102,23 @@ def onnx_scorer(portable: Path) -> Score:
     return score
 
 
-SCORERS: dict[str, Callable[[Path], Score]] = {"torch": torch_scorer, "onnx": onnx_scorer}
+def our_scorer(version: Path) -> Score:
+    """The scorer of `tandemrec serve`: what is left of a difference to it is the server around it."""
+    scorer = Scorer(load_snapshot(version))
+    nothing: dict[str, Bags] = {}
+
+    def score(history: Ids, times: Ids, now: int, candidates: Ids) -> npt.NDArray[np.float32]:
+        past, shown = PastBehaviors(times, {FEATURE: Bags(history)}), {FEATURE: Bags(candidates)}
+        answers, _ = scorer.score([Request(0, past, now, shown, candidates.size, nothing)])
+        probabilities: npt.NDArray[np.float32] = answers[0].probabilities[:, 0]
+        return probabilities
+
+    return score
+
+
+SCORERS: dict[str, Callable[[Path], Score]] = {
+    "torch": torch_scorer, "onnx": onnx_scorer, "scorer": our_scorer,
+}  # fmt: skip
 
 
 def build_app(score: Score) -> FastAPI:

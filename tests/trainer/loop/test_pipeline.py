@@ -31,7 +31,7 @@ Found = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = enrich(random_rows(8, Shape(users=7)), seed=1)
+    rows = enrich(random_rows(8, Shape(users=12)), seed=1)
     return write_log(
         tmp_path_factory.mktemp("log") / "log", {"train": rows, "validation": rows[:2]}, rich=True
     )
