@@ -20,7 +20,8 @@ from trainer.serving.user_state.store import StateStore
 # `found` and `absent`: the store answered; `damaged`, `foreign`: what it answered is no state of this key, so
 # it is as good as absent; `failed`: it did not answer; `rested`: it failed a moment ago, and was not asked.
 LookUp = Literal["found", "absent", "damaged", "foreign", "failed", "rested"]
-# `written`; `dropped`: the queue was full, or the store was left alone; `failed`.
+# `written`; `dropped`: the queue was full, the store was left alone, or the state holds what is no number;
+# `failed`.
 Write = Literal["written", "dropped", "failed"]
 LOOK_UPS: tuple[LookUp, ...] = ("found", "absent", "damaged", "foreign", "failed", "rested")
 WRITES: tuple[Write, ...] = ("written", "dropped", "failed")
@@ -152,7 +153,7 @@ class SecondLevel:
             self._store.close()
 
     def _write(self, state: UserState) -> Write:
-        if not self._awake():
+        if not self._awake() or not state.is_finite():
             return "dropped"
         try:
             self._store.put(state.key, encode(state))
