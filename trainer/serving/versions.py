@@ -76,6 +76,7 @@ class Versions:
         self.latest_problem: str | None = None
         self._lock = threading.Lock()
         self._refused: Sealed | None = None
+        self._changed = False
         found = Sealed.at(resolve(root))
         self._serve(found, *self._load(found.path))
 
@@ -157,6 +158,10 @@ class Versions:
             look = Look("unreachable" if isinstance(error, UnavailableError) else "broken", None, error)
         # A newer version mends it.
         changed = "" if look.outcome == "newer" else self.scorer.snapshot.overwritten()
+        if (changed or self._changed) and self.scorer.states is not None:
+            # They may hold rows as they were overwritten, also where the old content is back.
+            self.scorer.states.cache.clear()
+        self._changed = bool(changed)
         if changed:
             return Look("overwritten", look.version, SnapshotError(self.scorer.snapshot.path, changed))
         return look

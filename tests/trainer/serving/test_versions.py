@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,9 @@ from trainer.log.schema import read_manifest as read_log
 from trainer.serving.latest import Sealed
 from trainer.serving.request import History, Request
 from trainer.serving.scorer import Scorer
+from trainer.serving.user_state.second_level import SecondLevel
+from trainer.serving.user_state.settings import UserStateSettings
+from trainer.serving.user_state.state import Stretch, UserState
 from trainer.serving.versions import Versions
 from trainer.snapshot.manifest import LATEST, SEAL
 from trainer.snapshot.reading import read_manifest
@@ -279,6 +282,48 @@ def test_a_file_that_is_written_again_with_the_same_content_is_fine(root: Path) 
     assert versions.scorer.snapshot.overwritten() == ""
     file.unlink()
     assert versions.scorer.snapshot.overwritten() == "" and versions.newer() is None
+
+
+def test_states_of_users_are_forgotten_once_a_file_was_overwritten(root: Path) -> None:
+    """Also those that were made until the old content came back; and no store is given any meanwhile."""
+    store = SecondLevel(_Nothing())
+    versions = Versions(root, user_states=UserStateSettings(), store=store)
+    states = versions.scorer.states
+    assert states is not None
+    file = root / _SECOND / "tables" / "attention.0.safetensors"
+    content, made = file.read_bytes(), UserState(b"user", Stretch(0, np.arange(3), {}), 0, {})
+
+    def score() -> None:
+        states.cache.put(made)
+        store.put(made, states._is_of_the_version)
+        assert store.flush(10)
+
+    score()
+    assert versions.newer() is None and states.cache.statistics().entries == 1
+    overwritten(root)
+    score()
+    with pytest.raises(SnapshotError, match="was written over"):
+        versions.newer()
+    assert states.cache.statistics().entries == states.cache.statistics().bytes == 0
+    score()
+    with file.open("r+b") as opened:
+        opened.write(content)
+    assert versions.newer() is None and states.cache.statistics().entries == 0
+    score()
+    assert versions.newer() is None and states.cache.statistics().entries == 1
+    assert store.statistics().writes == {"written": 2, "dropped": 2, "failed": 0}
+    store.close()
+
+
+class _Nothing:
+    """A store that keeps nothing."""
+
+    def get(self, key: bytes) -> bytes | None:
+        return None
+
+    def put(self, key: bytes, parts: Sequence[bytes | memoryview]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def test_the_age_of_a_version_is_that_of_its_export(root: Path) -> None:
