@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -94,10 +93,6 @@ class Bounded(asyncio.Protocol):
         super().__init__(*given, **more)
         self.tasks = _OwnTasks(self.tasks)
 
-    @abstractmethod
-    def between_requests(self) -> bool:
-        """Whether no part of a body is awaited: the next bytes are those of a head."""
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The first head must come in time."""
         super().connection_made(transport)
@@ -125,14 +120,17 @@ class Bounded(asyncio.Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def data_received(self, data: bytes) -> None:
-        """Between two requests the clock of a head runs, until the head has come whole."""
+        """Between two requests the clock of a head runs, until the head has come whole.
+
+        What is left of a body that was answered before its end counts as time for the next head.
+        """
         if self._turned_away:
             return
         super().data_received(data)
         self._watch_head()
 
     def _watch_head(self) -> None:
-        if not (self.answered() and self.between_requests()):
+        if not self.answered():
             self._head_timer = _cancelled(self._head_timer)
         elif self._head_timer is None:
             problem = f"no request came within {self.limits.seconds:g} s"
@@ -198,9 +196,6 @@ class BoundedHttptools(Bounded, HttpToolsProtocol):
         self._in_body = False
         self._head_bytes = 0
 
-    def between_requests(self) -> bool:
-        return not self._in_body
-
     def data_received(self, data: bytes) -> None:
         """A head that is too long is refused before it has come whole."""
         if not self._in_body:
@@ -225,9 +220,13 @@ class BoundedHttptools(Bounded, HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        """Whatever the length of the body: without reading on nobody would see that the client leaves."""
         self._in_body = False
-        if not self._turned_away:
-            super().on_message_complete()
+        if self._turned_away:
+            return
+        super().on_message_complete()
+        if not self.pipeline:
+            self.flow.resume_reading()
 
     def refuse(self, status: int, problem: str) -> None:
         """Not in the middle of answers to requests that were sent before, without waiting for theirs."""

@@ -134,7 +134,7 @@ class Held:
 async def held_core(limits: Limits | None = None, **batching: Any) -> AsyncIterator[Held]:
     """A running core; what waits at the end is let go."""
     scorer, noted = HeldScorer(), Noting()
-    versions = SimpleNamespace(scorer=scorer, histories=None)
+    versions = SimpleNamespace(scorer=scorer, histories=None, doubt=lambda scorer: None)
     settings = CoreSettings(limits or Limits(), BatchSettings(**batching))
     core = ScoringCore(versions, settings, noted)  # type: ignore[arg-type]
     running = asyncio.create_task(core.run())

@@ -144,9 +144,7 @@ class ScoringCore:
     @property
     def queue(self) -> Queue:
         """What waits now."""
-        waiting = self._scheduler.waiting
-        parts = sum(work.parts_left for work in waiting)
-        return Queue(self._taken, parts, sum(work.cost(work.parts_left) for work in waiting))
+        return Queue(self._taken, *self._scheduler.left())
 
     async def run(self) -> None:
         """Score what comes, until cancelled; whatever goes wrong, its bodies are told and others go on."""
@@ -295,7 +293,8 @@ class ScoringCore:
         now = self.clock()
         requests, cost = self._scheduler.before(job)
         calls = max(math.ceil(requests / self.settings.batching.requests), len(job.parts))
-        seconds = self._pace.seconds(work_of(calls, requests, cost), now)
+        busy = bool(self._scheduler.waiting or self._scheduler.under_way)
+        seconds = self._pace.seconds(work_of(calls, requests, cost), now, busy)
         if not seconds or now + seconds <= job.deadline:
             return
         self.observe.lost("hopeless")
@@ -375,4 +374,5 @@ class ScoringCore:
         if self._unsound() is not scorer:
             self._unsound = weakref.ref(scorer)
             self._unsound_problem = str(error)
+            self.versions.doubt(scorer)
             self.observe.unsound(scorer.version, error.where)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 
-# A measurement counts half once so much further time of the model was measured.
+# A measurement counts half once it is so old, so that a call which took long by accident is soon forgotten,
+# also where few others follow.
 _HALF_LIFE = 2.0
-# Older measurements say nothing: the model may have been slow because its tables were read from a disk.
-_VALID_SECONDS = 30.0
+# Older measurements say nothing. Where the model has nothing to do, they soon say nothing: it may have been
+# slow because its tables were read from a disk, or because the machine stood still, and who is refused for it
+# brings no new measurement.
+_VALID_SECONDS, _VALID_IDLE_SECONDS = 30.0, 1.0
 
 
 class Pace:
-    """The mean rate of the newest model calls, each weighted by how long it took."""
+    """The mean rate of the newest model calls, each weighted by how long it took and by its age."""
 
     def __init__(self) -> None:
         self._work = self._seconds = 0.0
@@ -19,14 +22,15 @@ class Pace:
 
     def note(self, work: int, seconds: float, now: float) -> None:
         """Count a model call that has ended `now`; for `work` see `trainer.serving.cost`."""
-        kept = 0.5 ** (seconds / _HALF_LIFE) if self.is_known(now) else 0.0
+        kept = 0.5 ** ((now - self._noted) / _HALF_LIFE)
         self._work, self._seconds = kept * self._work + work, kept * self._seconds + seconds
         self._noted = now
 
-    def is_known(self, now: float) -> bool:
-        """Whether anything was measured lately."""
-        return now - self._noted <= _VALID_SECONDS
+    def seconds(self, work: int, now: float, busy: bool = False) -> float:
+        """How long so much work takes; 0 where nobody knows, so that nothing is refused for it.
 
-    def seconds(self, work: int, now: float) -> float:
-        """How long so much work takes; 0 where nobody knows, so that nothing is refused for it."""
-        return work * self._seconds / self._work if self.is_known(now) else 0.0
+        Args:
+            busy: whether the model has work, which is measured.
+        """
+        valid = _VALID_SECONDS if busy else _VALID_IDLE_SECONDS
+        return work * self._seconds / self._work if now - self._noted <= valid else 0.0

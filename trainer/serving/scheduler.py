@@ -159,6 +159,12 @@ class Scheduler(Generic[Owner]):
         """The bodies whose next parts are scored now."""
         return self._under_way
 
+    def left(self) -> tuple[int, int]:
+        """Parts that wait, and their cost; of a body whose part is under way, the parts behind that one."""
+        works = [*((work, 0) for work in self._ring), *((work, 1) for work in self._under_way)]
+        parts = sum(work.parts_left - begun for work, begun in works)
+        return parts, sum(work.cost(work.parts_left) - work.cost(begun) for work, begun in works)
+
     def before(self, new: Work[Owner]) -> tuple[int, int]:
         """Requests and their cost that are scored until all of a new body is, its own among them.
 

@@ -176,6 +176,12 @@ def test_connections_are_counted_and_have_their_time(served: Served) -> None:
             said += again.recv(400)
         again.sendall(b"G")
         assert b" 408 " in again.recv(400)
+    # A body that was answered before its end, and never ends.
+    early = served.open(b"POST /nowhere HTTP/1.1\r\nhost: a\r\ncontent-length: 900\r\n\r\n")
+    with early:
+        assert b" 404 " in early.recv(400)
+        early.sendall(b"{")
+        until(lambda: b" 408 " in early.recv(400), 20)
 
 
 def _answers(served: Served) -> bool:
@@ -234,8 +240,10 @@ def test_clients_that_leave_or_do_not_read_are_forgotten(served: Served) -> None
         scored = served.metric("tandemrec_latency_seconds_count")
         return scored + served.metric('tandemrec_errors_total{status="503"}')
 
-    before, content = answers(), served.large
+    before, content, left = answers(), served.large, served.metric("tandemrec_disconnects_total")
     head = b"POST /score HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    served.open(head % len(content) + content).close()
+    until(lambda: served.metric("tandemrec_disconnects_total") == left + 1, 20)
     with ExitStack() as open_:
         for _ in range(8):
             served.open(head % 5_000 + b"{").close()

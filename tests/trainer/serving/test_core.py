@@ -17,6 +17,7 @@ from trainer.serving.call import Call
 from trainer.serving.core import State
 from trainer.serving.cost import PAIRS_OF_CANDIDATE
 from trainer.serving.observer import Observer
+from trainer.serving.pace import Pace
 from trainer.serving.request import Limits, RequestError
 from trainer.serving.scorer import Answer
 from trainer.serving.soundness import UnsoundError
@@ -54,6 +55,10 @@ def test_a_small_body_waits_for_one_part_of_a_large_one() -> None:
         assert scores(await small) == [100]
         await held.until_calls(3)
         assert held.scorer.calls == [[0], [100], [1]] and not large.done()
+        # What stands behind the part under way waits, too.
+        waiting = held.core.queue
+        assert waiting.bodies == 1 and waiting.parts == 62
+        assert waiting.cost == 62 * 5_000 * (1 + PAIRS_OF_CANDIDATE)
         held.scorer.open()
         assert scores(await large) == list(range(64))
         assert held.scorer.calls[2:] == [[user] for user in range(1, 64)]
@@ -180,11 +185,22 @@ def test_hopeless_work_is_refused_once_a_pace_is_known() -> None:
         assert caught.value.status == 503 and caught.value.retry_after == 8
         assert held.noted.losses[-1] == "hopeless"
         assert scores(await held.ask(*large, deadline=now + 30)) == [10, 11]
-        # An old measurement says nothing.
-        now += 100
+        # An old measurement says nothing, and where the model has no work it soon is old.
+        now += 1.5
         assert scores(await held.ask(request(12, 5_000), deadline=now + 1)) == [12]
 
     during(test, candidates=5_000)
+
+
+def test_a_call_that_took_long_by_accident_is_soon_forgotten() -> None:
+    """A machine that stood still says little of the calls behind it, also where few and short ones follow."""
+    pace, now = Pace(), 0.0
+    pace.note(1_000_000, 4.0, now)
+    assert pace.seconds(1_000_000, now, busy=True) == 4.0
+    for _ in range(50):
+        now += 0.2
+        pace.note(1_000_000, 0.01, now)
+    assert 0.01 < pace.seconds(1_000_000, now, busy=True) < 0.05
 
 
 def test_a_failing_part_fails_its_own_body_alone() -> None:

@@ -74,12 +74,6 @@ class StateCache:
                 self._held -= self._states.popitem(last=False)[1].nbytes
                 self._evicted += 1
 
-    def clear(self) -> None:
-        """Forget all states."""
-        with self._lock:
-            self._states.clear()
-            self._held = 0
-
     def count(self, outcome: Outcome) -> None:
         with self._lock:
             self._outcomes[outcome] += 1
