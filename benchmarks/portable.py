@@ -10,9 +10,12 @@ request is scored by ONNX Runtime and by the scorer of the server, on one thread
 from __future__ import annotations
 
 import io
+import multiprocessing
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,6 +28,7 @@ from benchmarks.harness.timing import one_thread, rounds, seconds_of
 from benchmarks.inputs.served_model import ServedModel, draw
 from embeddings.errors import TandemError
 from pipelines.cluster import cluster
+from pipelines.console import quiet_third_parties
 from pipelines.score import open_requests
 from tests.helpers.presets import PRESETS, of_tasks
 from tests.helpers.snapshots import exported, save_run
@@ -57,6 +61,7 @@ class PortableBench(Settings):
 
     Attributes:
         presets: to try; empty = all of configs/. form: a format of `tandemrec export --format`.
+        processes: that try presets at the same time.
         inside: bytes of tables that model.onnx may hold itself.
         length: behaviors of the request that is timed; 0 = no request is timed.
         candidates, k, rows, dim, width: of it: candidates, behaviors kept, rows of each table, widths of the
@@ -65,6 +70,7 @@ class PortableBench(Settings):
 
     presets: tuple[str, ...] = ()
     form: str = "onnx"
+    processes: PositiveInt = 2
     inside: NonNegativeInt = 1_000_000
     length: NonNegativeInt = 10_000
     candidates: PositiveInt = 500
@@ -81,10 +87,12 @@ def main(words: Sequence[str]) -> None:
     report = Report(given, "Portable models", seed=5)
     report.facts = settings.model_dump()
     with tempfile.TemporaryDirectory() as folder:
-        bench = _Presets(Path(folder), settings)
-        for preset in settings.presets or sorted([*PRESETS, _CLUSTERED]):
-            report.rows.append(bench.row(preset))
-            print(report.rows[-1], flush=True)
+        presets = settings.presets or sorted([*PRESETS, _CLUSTERED])
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(settings.processes, context) as workers:
+            for row in workers.map(_Presets.made(Path(folder), settings).row, presets):
+                report.rows.append(row)
+                print(row, flush=True)
         report.table(_PRESET_COLUMNS, report.rows)
         if settings.length:
             timed = _timed_rows(Path(folder) / "timed", settings, given.repeats, report)
@@ -93,18 +101,32 @@ def main(words: Sequence[str]) -> None:
     report.close()
 
 
+@dataclass(frozen=True)
 class _Presets:
-    """Presets with random weights, on small logs that are written where they are first needed."""
+    """Presets with random weights, on small logs.
 
-    def __init__(self, folder: Path, settings: PortableBench) -> None:
-        self.folder, self.settings = folder, settings
+    Attributes:
+        one, several: logs of one task and of several; folder: for all that is written.
+    """
 
+    folder: Path
+    settings: PortableBench
+    one: Path
+    several: Path
+
+    @classmethod
+    def made(cls, folder: Path, settings: PortableBench) -> _Presets:
+        """With logs that it writes."""
+        return cls(folder, settings, preset_log(folder / "one"), log_of_tasks(folder / "several"))
+
+    @one_thread()
     def row(self, preset: str) -> Row:
         """One preset: how near its portable form scores, or why there is none."""
+        quiet_third_parties()
         seconds, row = None, Row(preset=preset, refusal="")
         with redirect_stdout(io.StringIO()):
-            version, log = self._version(preset)
             try:
+                version, log = self._version(preset)
                 seconds = seconds_of(lambda: row.update(self._compared(version, log)))
             except TandemError as error:
                 row["refusal"] = str(error)
@@ -115,8 +137,8 @@ class _Presets:
     def _compared(self, version: Path, log: Path) -> Row:
         form, snapshot = FORMATS[self.settings.form], load_snapshot(version)
         portable = portable_of(snapshot)
-        folder = self.folder / "written" / version.parent.name
-        folder.mkdir(parents=True)
+        folder = version.parent / "portable"
+        folder.mkdir()
         form.write(folder, portable, self.settings.inside)
         comparison = Comparison(portable, form.load(folder / form.model), folder / form.model)
         recorded = comparison.of_recorded()
@@ -129,24 +151,17 @@ class _Presets:
 
     def _version(self, preset: str) -> tuple[Path, Path]:
         """Its snapshot and log."""
-        if preset == _CLUSTERED:
-            base, log = self._version("twin")
-            clustered = self.folder / "clustered"
-            cluster(log, base, clustered, ClusterInfo(chunk=12, cap=4))
-            more = ("data.recent=4", "model.branches.recent.k=4")
-            return self._exported(preset, clustered, *more), clustered
-        make = log_of_tasks if of_tasks(preset) else preset_log
-        log = self.folder / make.__name__
-        if not log.exists():
-            make(log)
-        return self._exported(preset, log), log
+        log = self.several if of_tasks(preset) else self.one
+        if preset != _CLUSTERED:
+            return self._exported(preset, log), log
+        clustered = self.folder / "clustered"
+        cluster(log, self._exported("dare", log, of=preset), clustered, ClusterInfo(chunk=12, cap=4))
+        return self._exported(preset, clustered, "data.recent=4", "model.branches.recent.k=4"), clustered
 
-    def _exported(self, preset: str, log: Path, *more: str) -> Path:
-        place = self.folder / "snapshots" / preset
-        if place.exists():
-            return next(place.glob("v*"))
-        run = save_run(self.folder / "runs" / preset, log, preset, *more)
-        return exported(run, place)
+    def _exported(self, preset: str, log: Path, *overrides: str, of: str = "") -> Path:
+        """A snapshot; `of`: what it is for, if not for the preset itself."""
+        folder = self.folder / f"{preset}-{of or preset}"
+        return exported(save_run(folder / "run", log, preset, *overrides), folder / "snapshot")
 
 
 def _timed_rows(folder: Path, settings: PortableBench, repeats: int, report: Report) -> list[Row]:

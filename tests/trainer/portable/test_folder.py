@@ -32,7 +32,9 @@ from trainer.portable.triton import FRONT, LENGTHS, SCORER
 @pytest.fixture(scope="module")
 def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    return exported(save_run(folder / "run", small_log(folder / "log"), "dare"), folder / "snap")
+    return exported(
+        save_run(folder / "run", small_log(folder / "log"), "dare", "model.hidden=[8]"), folder / "snap"
+    )
 
 
 @pytest.fixture(scope="module")
