@@ -134,13 +134,17 @@ class BatchingSettings(Settings):
     inline: NonNegativeInt = BatchSettings.inline
     """Bytes of a body that is decoded at once, where the server has no histories. Longer ones wait for the
     thread that decodes them, one at a time."""
+    loop_ms: NonNegativeFloat = 1000 * BatchSettings.loop_seconds
+    """Milliseconds of the processor that a call may take, by what calls took lately, which is made without a
+    change of threads where the model has nothing else to do. Clients wait meanwhile. 0 = none is."""
     threads: PositiveInt = BatchSettings.threads
     """Threads of the model's matrix products."""
 
     def settings(self) -> BatchSettings:
         """As the library takes them."""
-        own = self.model_dump(exclude={"window_ms", "deadline_ms"})
-        return BatchSettings(window=self.window_ms / 1000, deadline=self.deadline_ms / 1000, **own)
+        own = self.model_dump(exclude={"window_ms", "deadline_ms", "loop_ms"})
+        seconds = {"window": self.window_ms, "deadline": self.deadline_ms, "loop_seconds": self.loop_ms}
+        return BatchSettings(**own, **{name: given / 1000 for name, given in seconds.items()})
 
 
 class HotRowSettings(Settings):
