@@ -120,14 +120,18 @@ Form = Annotated[
     ),
 ]
 Inside = Annotated[
-    int,
-    Option("--inside", min=0, help="With --format onnx: bytes of tables that the model's file may hold."),
+    int | None,
+    Option(
+        "--inside",
+        min=0,
+        help="With --format onnx: bytes of tables that the model's file may hold; 1,000,000.",
+    ),
 ]
 ParityLog = Annotated[
     Path | None,
     At("--log", metavar="LOG", help="With --format: requests to compare AUC on; else the training's log."),
 ]
-ParitySplit = Annotated[str, Option("--split", help="With --format: which split of that log.")]
+ParitySplit = Annotated[str | None, Option("--split", help="With --format: which split of that log; test.")]
 Triton = Annotated[
     Path | None,
     At("--triton", metavar="DIR", help="Write a Triton model repository, of a model in onnx."),

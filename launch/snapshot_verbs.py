@@ -72,9 +72,9 @@ def export(
         Path | None,
         At("--snapshot", metavar="SNAP", help="With --format: a snapshot, in the place of a run."),
     ] = None,
-    inside: Inside = 1_000_000,
+    inside: Inside = None,
     log: ParityLog = None,
-    split: ParitySplit = "test",
+    split: ParitySplit = None,
     triton: Triton = None,
 ) -> None:
     """Write a serving snapshot, checked against the run; or with --format its model for other runtimes."""
@@ -87,8 +87,12 @@ def export(
         from pipelines.export_uncertainty import UncertaintyOptions
 
         sure = UncertaintyOptions(uncertainty_candidates, prior_precision)
+    # 0 bytes are asked for, too.
+    asked_inside = None if inside is None else str(inside)
     if form is None:
-        _refuse({"--snapshot": snapshot, "--log": log, "--triton": triton}, "goes with --format")
+        of_formats: dict[str, object] = {"--snapshot": snapshot, "--log": log, "--triton": triton}
+        of_formats |= {"--inside": asked_inside, "--split": split}
+        _refuse(of_formats, "goes with --format")
         if run_folder is None:
             raise typer.BadParameter("export needs --run, the run folder whose checkpoint is exported")
         most = 1000 if parity_requests is None else parity_requests
@@ -105,13 +109,17 @@ def export(
             of_runs | {"--device": device, "--weights": None if weights == "raw" else weights},
             "goes with --run",
         )
+    if form != "onnx":
+        _refuse({"--inside": asked_inside, "--triton": triton}, "goes with --format onnx")
+    if parity_requests == 0:
+        _refuse({"--log": log, "--split": split}, "is for requests to compare on, and --parity-requests is 0")
     from pipelines.export_portable import PortableOptions, export_portable
 
     version = ExportOptions(
         dtype or "fp32", attention_dtype or "fp32", parity_requests=0, which=checkpoint, weights=weights
     )
     requests = None if parity_requests == 0 else parity_requests or 0
-    options = PortableOptions(form, inside, log, split, requests, triton)
+    options = PortableOptions(form, 1_000_000 if inside is None else inside, log, split, requests, triton)
     export_portable(run_folder, snapshot, out, options, version, device)
 
 

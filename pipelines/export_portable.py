@@ -36,6 +36,8 @@ from trainer.sealed_folder import publish, scratch
 from trainer.snapshot import load_snapshot
 from trainer.storage import is_remote
 
+_SPLIT = "test"
+
 
 @dataclass(frozen=True)
 class PortableOptions:
@@ -45,14 +47,14 @@ class PortableOptions:
         form: a name of `trainer.portable.formats.FORMATS`.
         inside: bytes of tables that `model.onnx` may hold itself.
         log: requests to compare AUC on; None: those that the model was trained on, if they are there.
-        split, requests: of that log; 0 requests = all of the split, None = none.
+        split: of that log; None: test, if the log has one. requests: of it; 0 = all, None = none.
         triton: a folder for a Triton model repository; None = none.
     """
 
     form: str
     inside: int = 1_000_000
     log: Path | None = None
-    split: str = "test"
+    split: str | None = None
     requests: int | None = 0
     triton: Path | None = None
 
@@ -77,9 +79,7 @@ def export_portable(
     quiet_third_parties()
     if (run is None) == (snapshot is None):
         raise ConfigError("a portable model is of a run or of a snapshot: give one of --run and --snapshot")
-    for place in (out, options.triton):
-        if place is not None and (is_remote(place) or place.exists()):
-            raise ConfigError(f"{place}: must be a folder of this machine that does not exist yet")
+    _check(out, options)
     with _snapshot_of(run, snapshot, out, version, device) as folder, scratch(out.parent, out.name) as part:
         portable = portable_of(load_snapshot(folder))
         lines = _write(part, portable, options)
@@ -88,6 +88,26 @@ def export_portable(
     if options.triton is not None:
         write_repository(out, options.triton)
     return out
+
+
+def _check(out: Path, options: PortableOptions) -> None:
+    """Refuse what would fail after minutes of work.
+
+    Raises:
+        ConfigError, DataError: see `export_portable`; or the log that was named lacks the split.
+    """
+    for place in (out, options.triton):
+        if place is not None and (is_remote(place) or place.exists()):
+            raise ConfigError(f"{place}: must be a folder of this machine that does not exist yet")
+    if options.triton is not None:
+        triton.check(options.form)
+        mine, its = out.resolve(), options.triton.resolve()
+        if mine == its or mine in its.parents or its in mine.parents:
+            raise ConfigError(f"{options.triton}: the Triton repository must lie beside {out}, not in it")
+    if options.requests is not None and options.log is not None:
+        splits, split = read_manifest(options.log).splits, options.split or _SPLIT
+        if split not in splits:
+            raise ConfigError(f"{options.log} has no split {split}; it has {', '.join(splits)}: see --split")
 
 
 def check_portable(folder: Path) -> None:
@@ -171,9 +191,12 @@ def _of_split(comparison: Comparison, options: PortableOptions) -> tuple[Compare
         return Compared(), []
     if options.log is None and (is_remote(log) or not log.is_dir()):
         return Compared(), [f"no log at {log}: compared on the recorded requests only; see --log"]
-    if options.split not in read_manifest(log).splits:
-        return Compared(), [f"{log} has no split {options.split}: compared on the recorded requests only"]
-    reader, remarks = open_requests(snapshot, log, options.split)
+    split = options.split or _SPLIT
+    if split not in read_manifest(log).splits:
+        if options.split is not None:
+            raise ConfigError(f"{log} has no split {split} to compare on: see --split")
+        return Compared(), [f"{log} has no split {split}: compared on the recorded requests only"]
+    reader, remarks = open_requests(snapshot, log, split)
     snapshot.check_vocabularies({**reader.columns.features, **reader.columns.context}, log)
     done = comparison.of_split(reader, options.requests)
-    return done, [*remarks, *done.lines(f"{options.split} requests")]
+    return done, [*remarks, *done.lines(f"{split} requests")]

@@ -143,8 +143,8 @@ class BatchingSettings(Settings):
     def settings(self) -> BatchSettings:
         """As the library takes them."""
         own = self.model_dump(exclude={"window_ms", "deadline_ms", "loop_ms"})
-        seconds = {"window": self.window_ms, "deadline": self.deadline_ms, "loop_seconds": self.loop_ms}
-        return BatchSettings(**own, **{name: given / 1000 for name, given in seconds.items()})
+        window, deadline, loop = (ms / 1000 for ms in (self.window_ms, self.deadline_ms, self.loop_ms))
+        return BatchSettings(window=window, deadline=deadline, loop_seconds=loop, **own)
 
 
 class HotRowSettings(Settings):

@@ -137,7 +137,7 @@ class Held:
 async def held_core(limits: Limits | None = None, **batching: Any) -> AsyncIterator[Held]:
     """A running core; what waits at the end is let go. Where the event loop scored, no test could go on."""
     scorer, noted = HeldScorer(), Noting()
-    versions = SimpleNamespace(scorer=scorer, histories=None)
+    versions = SimpleNamespace(scorer=scorer, histories=None, doubt=lambda scorer: None)
     settings = CoreSettings(limits or Limits(), BatchSettings(**{"loop_seconds": 0.0, **batching}))
     core = ScoringCore(versions, settings, noted)  # type: ignore[arg-type]
     running = asyncio.create_task(core.run())

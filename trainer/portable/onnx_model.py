@@ -120,7 +120,11 @@ def shared(file: Path, to: Path) -> None:
     with suppress(OSError):
         os.link(file, to)
         return
-    shutil.copyfile(file, to)
+    try:
+        shutil.copyfile(file, to)
+    except OSError as error:
+        # Its own message names the file that was read, also where there is no room for the other.
+        raise OSError(error.errno, f"a copy of {file}: {error.strerror}", str(to)) from None
 
 
 @contextmanager

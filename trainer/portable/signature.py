@@ -151,7 +151,7 @@ def _inputs(snapshot: Snapshot, columns: Columns) -> Iterator[PortTensor]:
         axes=(requests,),
         least=0,
         most=most,
-        meaning="behaviors of each request; the newest where there are more than the limit",
+        meaning="behaviors of each request; where a user has more than the limit, give the newest",
     )
     yield PortTensor(
         name="history_timestamp",

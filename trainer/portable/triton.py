@@ -25,14 +25,21 @@ _TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32", "bool": "TYPE_BOOL"}
 LENGTHS = ("history_length", "candidate_length")
 
 
+def check(form: str) -> None:
+    """Raises:
+    ConfigError: of this format there is no repository.
+    """
+    if form != "onnx":
+        raise ConfigError(f"a Triton repository is made of a model in onnx, not {form}: see --format")
+
+
 def write(out: Path, folder: Path, manifest: PortableManifest, signature: Signature) -> None:
     """Write the repository into the empty folder `out`.
 
     Raises:
         ConfigError: the portable model is not in ONNX.
     """
-    if manifest.form != "onnx":
-        raise ConfigError(f"{folder}: a Triton repository is made of a model in onnx, not {manifest.form}")
+    check(manifest.form)
     version = out / SCORER / "1"
     version.mkdir(parents=True)
     for entry in manifest.files:

@@ -395,4 +395,5 @@ class ScoringCore:
         if self._unsound() is not scorer:
             self._unsound = weakref.ref(scorer)
             self._unsound_problem = str(error)
+            self.versions.doubt(scorer)
             self.observe.unsound(scorer.version, error.where)

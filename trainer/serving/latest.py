@@ -17,13 +17,17 @@ from trainer.snapshot.manifest import LATEST, VERSION_NAME
 # What a look at LATEST finds:
 #     served       it names the version that is served
 #     newer        another one, which may be taken
+#     mended       the one that is served, whose files were written over or whose answers were no numbers; its
+#                  files are as they were, so it is taken anew
 #     refused      the one that was refused
 #     older        one with a smaller number than the one that is served
 #     replaced     the name of the one that is served, and the folder holds another one now
 #     overwritten  a file of the version that is served was written over where it lies
 #     broken       there is no LATEST, or it names no version
 #     unreachable  a store or a disk does not answer
-Outcome = Literal["served", "newer", "refused", "older", "replaced", "overwritten", "broken", "unreachable"]
+Outcome = Literal[
+    "served", "newer", "mended", "refused", "older", "replaced", "overwritten", "broken", "unreachable"
+]
 
 
 @dataclass(frozen=True)

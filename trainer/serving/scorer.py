@@ -35,10 +35,11 @@ from trainer.sealed_folder import MANIFEST
 from trainer.serving.checks import visible_behaviors
 from trainer.serving.exploration import Exploration, Sureness, sureness
 from trainer.serving.request import Needs, Request
+from trainer.serving.threads import torch_alone
 from trainer.serving.user_state.maker import StateMaker
 from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.user_state.settings import UserStateSettings
-from trainer.serving.window_search import per_window
+from trainer.serving.window_search import WindowSearch, per_window
 from trainer.snapshot import Snapshot
 from trainer.snapshot.manifest import InputFeature
 
@@ -139,6 +140,8 @@ class Scorer:
             self.branches[name] = branch
             if branch.search is not None:
                 branch.search = per_window(branch.search)
+        # Torch's own threads share the products over whole histories of models that search nothing.
+        self._searches = all(isinstance(each.search, WindowSearch) for each in self.branches.values())
 
     @property
     def version(self) -> str:
@@ -180,6 +183,8 @@ class Scorer:
         with ExitStack() as hooks:
             for watched, note in self._hooks(read):
                 hooks.callback(watched.register_forward_hook(note).remove)
+            if self._searches:
+                hooks.enter_context(torch_alone())
             judged = self.snapshot.judge(batch, model) if any(explore) else None
             scores = self.snapshot.score(batch, model) if judged is None else judged.mean.sigmoid()
         ended = self.clock()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 from torch import nn
@@ -76,6 +77,9 @@ class Versions:
         self.latest_problem: str | None = None
         self._lock = threading.Lock()
         self._refused: Sealed | None = None
+        # The scorer that is not to be trusted, and its files when it was last refused for that.
+        self._doubted: Callable[[], Scorer | None] = lambda: None
+        self._tried: Hashable = None
         found = Sealed.at(resolve(root))
         self._serve(found, *self._load(found.path))
 
@@ -93,8 +97,18 @@ class Versions:
         """What was looked up in tables with hot rows, since this version is served."""
         return total(self._hot_rows)
 
+    def doubt(self, scorer: Scorer) -> None:
+        """It answered with what is no number, or its files were written over.
+
+        At the next look that finds its files good, and at every `reload` that is asked for, the version is
+        loaded anew and checked like any other; what was kept of users goes with the old scorer.
+        """
+        if self._doubted() is not scorer:
+            self._doubted, self._tried = weakref.ref(scorer), None
+
     def newer(self) -> Path | None:
-        """The version that LATEST names, unless it is served or was refused.
+        """The version that LATEST names, unless it is served or was refused; the served one, where it is
+        `mended`.
 
         Raises:
             SnapshotError: LATEST is gone, or names no version, an older one, or another one than the one of
@@ -116,15 +130,17 @@ class Versions:
         """
         with self._lock:
             found = Sealed.at(resolve(self.root)) if retry else self._look()
-            if found is None or (found == self._served and not self.scorer.snapshot.overwritten()):
+            if found is None or (found == self._served and retry and not self._wants_anew()):
                 self._reloaded("unchanged")
                 return False
+            files = self.scorer.snapshot.files.state()
             try:
                 # The name changes last: until then every request gets the old scorer.
                 loaded = self._load(found.path)
             except Exception as error:
                 if isinstance(error, TandemError) and not isinstance(error, UnavailableError):
                     self._refused, self.refused = found, (found.path.name, str(error))
+                    self._tried = files
                     self.latest_problem = str(error)
                     self._reloaded("refused")
                 else:
@@ -148,7 +164,7 @@ class Versions:
             self.latest_problem = str(look.problem)
             raise look.problem
         self.latest_problem = self.refused[1] if look.outcome == "refused" and self.refused else None
-        return look.version if look.outcome == "newer" else None
+        return look.version if look.outcome in ("newer", "mended") else None
 
     def _found(self) -> Look:
         try:
@@ -158,8 +174,20 @@ class Versions:
         # A newer version mends it.
         changed = "" if look.outcome == "newer" else self.scorer.snapshot.overwritten()
         if changed:
+            self.doubt(self.scorer)
             return Look("overwritten", look.version, SnapshotError(self.scorer.snapshot.path, changed))
+        if look.outcome == "served" and self._is_doubted():
+            if self._tried != self.scorer.snapshot.files.state():
+                return Look("mended", look.version)
+            return Look("refused", look.version)
         return look
+
+    def _is_doubted(self) -> bool:
+        return self._doubted() is self.scorer
+
+    def _wants_anew(self) -> bool:
+        """Whether the version that is served is to be loaded once more, where that is asked for."""
+        return self._is_doubted() or bool(self.scorer.snapshot.overwritten())
 
     def _load(self, path: Path) -> tuple[Scorer, dict[str, HotRows]]:
         snapshot = load_fetched(path, self._cache)

@@ -8,6 +8,7 @@ stands for (property test), whatever the scorer and the kind of search.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.model.ops.top import best_of_groups, best_of_reaching, groups_of, reaching
+from trainer.model.ops.top import Floats, Ints, best_of_reaching, reaching_of_tiles
 from trainer.model.retrieve.dot import DotSearch
 from trainer.model.retrieve.score import AttentionVectors, DotScorer
 from trainer.model.retrieve.search import Query, Search
 from trainer.model.time import Marks
 from trainer.model.windows import Selection, Windows
+from trainer.serving.threads import in_threads
 
-# Columns of a tile: wide enough for the matrix product, and still in the cache when its best are noted.
+# Columns of a tile, and groups of columns whose best score is noted: wide enough for the matrix product, and
+# still in the cache when the best are noted.
 _TILE = 2048
 # Scores of a chunk of candidates that the cache of a core or its neighbors holds, and the fewest candidates
 # of a chunk: a matrix product of fewer reads the keys too often.
@@ -39,8 +42,8 @@ class WindowSearch(Search):
     def __init__(self, inner: Search) -> None:
         super().__init__(inner.k)
         self.inner = inner
-        # Memory for scores that is used again: fresh pages would cost as much as filling them.
-        self._cells = torch.empty(0)
+        # Memory of each thread for scores that is used again: fresh pages would cost as much as filling them.
+        self._cells: dict[int, Tensor] = {}
 
     def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
         return self.inner.of_behaviors(key_ND)
@@ -99,24 +102,35 @@ class WindowSearch(Search):
             keys_XD = torch.cat([keys_XD, bias_WX[0][:, None]], dim=1)
         doubt = query.doubt()
         doubt = doubt.mirrored(width) if stretch else doubt
-        groups, size = min(groups_of(self.k), width), max(_FEWEST, _CACHED // width)
-        places, values = [], []
-        for begin in range(0, count, size):
-            chunk = _candidates(query, begin, begin + size)
-            query_CD = chunk.vectors.query_CD
-            query_CD = F.pad(query_CD, (0, 1), value=1.0) if biased else query_CD
-            cells = query_CD.shape[0] * width
-            if self._cells.numel() < cells:
-                self._cells = torch.empty(cells)
-            score_CX = self._cells[:cells].view(-1, width)
-            beside_CX = scorer._target_bias(chunk.vectors, chunk.windows)
-            best_CG = _score(score_CX, query_CD, keys_XD, beside_CX, groups)
-            place, value = reaching(score_CX, best_CG, self.k, doubt.cut(begin, begin + size))
-            places.append(place + begin * width)
-            values.append(value)
+        query_CD = query.vectors.query_CD
+        query_CD = F.pad(query_CD, (0, 1), value=1.0) if biased else query_CD
+        tiles = max(1, round(width / _TILE))
+        keys = [keys_XD[tile::tiles].T for tile in range(tiles)]
+        size = max(_FEWEST, _CACHED // width)
+
+        def best_of(begin: int, thread: int) -> tuple[Ints, Floats]:
+            end = min(begin + size, count)
+            beside_CX = None
+            if not scorer.shares_bias:
+                chunk = _candidates(query, begin, end)
+                beside_CX = scorer._target_bias(chunk.vectors, chunk.windows)
+            scores = self._room(thread, (tiles, end - begin, keys[0].shape[1]))
+            best_CG = _score(scores, query_CD[begin:end], keys, beside_CX)
+            place, value = reaching_of_tiles(scores, best_CG, width, self.k, doubt.cut(begin, end))
+            return place + begin * width, value
+
+        # The same chunks whatever the threads: a product may round by its shape.
+        found = in_threads(best_of, range(0, count, size))
+        places, values = (np.concatenate(part) for part in zip(*found, strict=True))
         # Of all candidates at once: close scores are settled in one go.
-        found = np.concatenate(places), np.concatenate(values), count, width
-        return best_of_reaching(*found, self.k, last=stretch, doubt=doubt)
+        return best_of_reaching(places, values, count, width, self.k, last=stretch, doubt=doubt)
+
+    def _room(self, thread: int, shape: tuple[int, int, int]) -> Tensor:
+        """Memory of a thread, not cleared."""
+        cells, held = math.prod(shape), self._cells.get(thread)
+        if held is None or held.numel() < cells:
+            held = self._cells[thread] = torch.empty(cells)
+        return held[:cells].view(shape)
 
 
 def per_window(search: Search) -> Search:
@@ -160,18 +174,20 @@ def _candidates(query: Query, begin: int, end: int) -> Query:
     return replace(query, vectors=cut(query.vectors), raw=cut(query.raw), windows=windows, ids_C=ids_C)
 
 
-def _score(
-    score_CX: Tensor, query_CD: Tensor, keys_XD: Tensor, beside_CX: Tensor | None, groups: int
-) -> Tensor:
-    """Fill in all scores; -> the best of each group [C, G], taken while a tile is in the cache."""
-    width = score_CX.shape[1]
-    best_CG = torch.full((score_CX.shape[0], groups), -torch.inf)
-    step = max(_TILE // groups, 1) * groups
-    for start in range(0, width, step):
-        tile = score_CX[:, start : start + step]
-        torch.mm(query_CD, keys_XD[start : start + step].T, out=tile)
+def _score(score_TCG: Tensor, query_CD: Tensor, keys: Sequence[Tensor], beside_CX: Tensor | None) -> Tensor:
+    """Fill in all scores, tile by tile; -> the best of each group [C, G], taken while a tile is in the cache.
+
+    Args:
+        keys: [D, G] of each tile, or a column less; column g of tile t is column g * T + t of the window.
+    """
+    best_CG = score_TCG[0] if len(keys) == 1 else torch.empty(score_TCG.shape[1:])
+    for tile, (score_CG, key_DG) in enumerate(zip(score_TCG, keys, strict=True)):
+        own = key_DG.shape[1]
+        if own < score_CG.shape[1]:
+            score_CG[:, own:] = -torch.inf
+        torch.mm(query_CD, key_DG, out=score_CG[:, :own])
         if beside_CX is not None:
-            tile += beside_CX[:, start : start + step]
-        some = best_CG[:, : tile.shape[1]]
-        torch.maximum(some, best_of_groups(tile, groups), out=some)
+            score_CG[:, :own] += beside_CX[:, tile :: len(keys)]
+        if tile:
+            torch.maximum(score_TCG[0] if tile == 1 else best_CG, score_CG, out=best_CG)
     return best_CG

@@ -8,7 +8,7 @@ it lies changes under the server: it scores with other numbers, or with none at 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +67,10 @@ class MappedFiles:
             problem = "was written over since it was loaded, so that scores are no more those of this version"
             return f"{entry.path} {problem}; export anew, and never write into the folder of a version"
         return ""
+
+    def state(self) -> Hashable:
+        """Equal as long as no file is touched. Takes a call of the system for each."""
+        return tuple(map(_Stamp.of, self._entries))
 
     def _has_digest(self, file: Path, entry: ListedFile) -> bool:
         try:

@@ -11,11 +11,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from pipelines.serve.load import Hold
 from pipelines.serve.oip import inference_pb2
 from pipelines.serve.oip.inference import PLATFORM, Inference, OpenInference, Parameter, TensorInfo
-from pipelines.serve.oip.tensors import Output, Shaped, typed_field
+from pipelines.serve.oip.tensors import Output, Shaped, check_tensors, typed_field
 from pipelines.serve.service import Service
 from trainer.ranks.machine import installed
 from trainer.serving.request import RequestError
@@ -132,13 +133,15 @@ class GrpcServer:
         """The message of a call.
 
         Raises:
-            RequestError: 408 where it does not come in time, 422 where there is none.
+            RequestError: 408 where it does not come in time, 422 where there is none, or another.
         """
         seconds = self._service.load.seconds
         try:
             async with asyncio.timeout(seconds):
                 async for request in requests:
                     return request
+        except DecodeError:
+            raise RequestError(422, "the message is not the one of this call") from None
         except TimeoutError:
             raise RequestError(408, f"the message did not arrive within {seconds:g} s") from None
         raise RequestError(422, "the call has no message")
@@ -177,10 +180,12 @@ class GrpcServer:
         hold = Hold(self._service.in_flight)
         try:
             # What came is held once by gRPC and once as tensors.
-            hold.resize(request.ByteSize())
-            tensors, parameters = _tensors(request), _parameters(request.parameters)
-            for given in request.inputs:
-                parameters |= _parameters(given.parameters)
+            size = request.ByteSize()
+            hold.resize(size)
+            if size <= self._service.settings.batching.inline:
+                tensors, parameters = _read(request)
+            else:
+                tensors, parameters = await self._service.core.in_thread(_read, request)
             outputs = [wanted.name for wanted in request.outputs]
             call = Inference(
                 request.model_name, request.model_version, tensors, parameters, outputs, deadline, hold.resize
@@ -193,15 +198,22 @@ class GrpcServer:
         return _answer(request, version, found)
 
 
+def _read(request: Any) -> tuple[dict[str, Any], dict[str, Parameter]]:
+    """The tensors and parameters of a call."""
+    tensors, parameters = _tensors(request), _parameters(request.parameters)
+    for given in request.inputs:
+        parameters |= _parameters(given.parameters)
+    return tensors, parameters
+
+
 def _tensors(request: Any) -> dict[str, Any]:
     """Values by name, from raw bytes or from typed lists."""
+    check_tensors([given.name for given in request.inputs])
     raw, found = request.raw_input_contents, dict[str, Any]()
     if raw and len(raw) != len(request.inputs):
         problem = f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs"
         raise RequestError(422, problem)
     for place, given in enumerate(request.inputs):
-        if given.name in found:
-            raise RequestError(422, f"tensor {given.name[:80]} is there twice")
         shaped = Shaped(given.name, given.datatype, given.shape)
         if raw:
             found[given.name] = shaped.of_bytes(raw[place])

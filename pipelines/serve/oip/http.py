@@ -14,7 +14,7 @@ from pipelines.serve.bodies import errors_of
 from pipelines.serve.http_body import HeldAnswer, read_body
 from pipelines.serve.load import Hold
 from pipelines.serve.oip.inference import PLATFORM, Inference, OpenInference, Parameter
-from pipelines.serve.oip.tensors import Output, Shaped, flat
+from pipelines.serve.oip.tensors import Output, Shaped, check_tensors, flat
 from pipelines.serve.scoring import deadline_of
 from pipelines.serve.service import Service
 from trainer.config.mistakes import path_in, words_of
@@ -232,10 +232,9 @@ def _read(content: memoryview, service: Service) -> tuple[InferBody, Mapping[str
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place, problem = path_in(tree, first["loc"])[:200], words_of(dict(first), json=True)
         raise RequestError(422, f"{place}: {problem}"[:500] if place else problem[:300]) from None
+    check_tensors([tensor.name for tensor in given.inputs])
     found = dict[str, Any]()
     for tensor in given.inputs:
-        if tensor.name in found:
-            raise RequestError(422, f"tensor {tensor.name[:80]} is there twice")
         values = flat(tensor.data)
         if tensor.datatype == "BYTES":
             values = [value.encode() if isinstance(value, str) else value for value in values]

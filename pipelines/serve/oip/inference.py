@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from pipelines.serve.oip.tensors import Output
+from pipelines.serve.oip.tensors import Output, check_tensors
 from pipelines.serve.service import Service
 from trainer.log.encoders.encoder import Encoder
 from trainer.serving import arrow_body
@@ -102,6 +102,8 @@ class OpenInference:
             RequestError: see `ScoringCore.score`; 404 for another model, 422 for tensors that are no request.
         """
         self.check_model(call.model, call.version)
+        # Each is a copy of all scores.
+        check_tensors(call.outputs)
         return await (self._body(call) if BODY in call.tensors else self._tensors(call))
 
     async def _tensors(self, call: Inference) -> tuple[str, list[Output]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -31,6 +32,19 @@ _KINDS: dict[str, tuple[Any, pa.DataType, str]] = {
     "BYTES": (None, pa.large_binary(), "bytes_contents"),
 }
 _NAMES = {np.dtype(kind): name for name, (kind, _, _) in _KINDS.items() if kind is not None}
+
+
+# As many as an Arrow schema may have columns.
+_MOST_TENSORS = 10_000
+
+
+def check_tensors(names: Sequence[str]) -> None:
+    """Raises RequestError: 413 for more tensors than a call may have, 422 where one is there twice."""
+    if len(names) > _MOST_TENSORS:
+        raise RequestError(413, f"{len(names):,} tensors; a call may have {_MOST_TENSORS:,}")
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise RequestError(422, f"tensor {twice[:80]} is there twice")
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,16 @@ async def _health(port: int) -> int:
         return status
 
 
+async def _code(port: int, message: bytes) -> str:
+    """The code that a call with these bytes ends with."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            await channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(message)
+        except grpc.aio.AioRpcError as error:
+            return error.code().name
+    return "OK"
+
+
 def drop(name: str) -> Callable[[Body], None]:
     def apply(body: Body) -> None:
         body["inputs"] = [each for each in body["inputs"] if each["name"] != name]
@@ -220,6 +230,8 @@ REFUSED: list[tuple[Callable[[Body], None], int, str]] = [
     (change("candidate_item_id", name="user_id"), 422, "tensor user_id is there twice"),
     (lambda body: body.update(inputs=[]), 422, "inputs"),
     (lambda body: body.update(outputs=[{"name": "score"}]), 422, "no output 'score'; there are score_click"),
+    (lambda body: body.update(outputs=[{"name": "score_click"}] * 2), 422, "score_click is there twice"),
+    (lambda body: body.update(inputs=body["inputs"][:1] * 10_001), 413, "10,001 tensors; a call may have"),
     (lambda body: body.update(parameters={"ids": "row"}), 422, "the parameter ids is 'row'"),
     (lambda body: body.update(parameters={"explore": "x"}), 422, "explore"),
 ]
@@ -227,7 +239,7 @@ REFUSED: list[tuple[Callable[[Body], None], int, str]] = [
 
 def test_what_is_no_request_is_refused(snapshot: Snapshot, monkeypatch: Patch, asked: list[Body]) -> None:
     async def run() -> None:
-        async with calling(service_of(snapshot, monkeypatch, grpc__port=0)) as (client, remote, _):
+        async with calling(service_of(snapshot, monkeypatch, grpc__port=0)) as (client, remote, port):
             fine = next(body for body in asked if sum(map(len, body["candidates"]["tags"])) > 1)
             for apply, status, message in REFUSED:
                 body = in_json(fine)
@@ -244,6 +256,10 @@ def test_what_is_no_request_is_refused(snapshot: Snapshot, monkeypatch: Patch, a
             with pytest.raises(InferenceServerException, match="Invalid JSON") as found:
                 await remote.infer("tandemrec", [one])
             assert found.value.status() == "StatusCode.INVALID_ARGUMENT"
+            assert await _code(port, b"\xff\xff") == "INVALID_ARGUMENT"
+            many = inference_pb2.ModelInferRequest(model_name="tandemrec")
+            many.inputs.extend([many.InferInputTensor(name="a", datatype="INT64", shape=[0])] * 10_001)
+            assert await _code(port, many.SerializeToString()) == "INVALID_ARGUMENT"
             assert (
                 await client.http.post("/v2/models/tandemrec/infer", json=in_json(fine))
             ).status_code == 200

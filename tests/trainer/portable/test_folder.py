@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from embeddings.errors import SnapshotError
+from embeddings.errors import ConfigError, SnapshotError
 from pipelines.export_portable import (
     PortableOptions,
     check_portable,
@@ -22,6 +22,7 @@ from pipelines.export_portable import (
     write_repository,
 )
 from pipelines.export_version import ExportOptions
+from tests.helpers.logs import Shape, random_rows, write_log
 from tests.helpers.models import small_log
 from tests.helpers.snapshots import exported, save_run
 from trainer.portable.folder import read, read_recorded
@@ -31,7 +32,9 @@ from trainer.portable.triton import FRONT, LENGTHS, SCORER
 @pytest.fixture(scope="module")
 def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    return exported(save_run(folder / "run", small_log(folder / "log"), "dare"), folder / "snap")
+    return exported(
+        save_run(folder / "run", small_log(folder / "log"), "dare", "model.hidden=[8]"), folder / "snap"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -162,5 +165,39 @@ def test_a_triton_repository_has_the_names_types_and_sizes_of_the_session(
         scores = answer.output_tensors[0].as_numpy()
         assert scores.shape[0] == sizes[row][1]
         assert np.abs(scores - expected[row, : len(scores)]).max() <= 1e-6
-    (answer,) = front.execute([{}])
-    assert "the request has no history_timestamp" in str(answer.error)
+    item = "history_item_id"
+    wrong = {
+        "the request has no history_timestamp": {},
+        "has values outside [0, ": calls[0] | {item: _Tensor(item, calls[0][item].content - 1000)},
+        "behaviors, and other inputs have 0": calls[0]
+        | {"history_timestamp": _Tensor("history_timestamp", np.zeros(0, dtype=np.int64))},
+        "has 0 axes, expected 1": calls[0] | {item: _Tensor(item, np.array(3))},
+    }
+    for problem, call in wrong.items():
+        # A request that is wrong is no error of another one.
+        answer, other = front.execute([call, calls[1]])
+        assert problem in str(answer.error)
+        assert other.error is None
+        assert np.abs(other.output_tensors[0].as_numpy() - expected[1, : sizes[1][1]]).max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (PortableOptions("pt2", triton=Path("triton")), "is made of a model in onnx, not pt2"),
+        (PortableOptions("onnx", triton=Path("out")), "must lie beside out, not in it"),
+        (PortableOptions("onnx", triton=Path("out/triton")), "must lie beside out, not in it"),
+        (
+            PortableOptions("onnx", log=Path("log"), split="new"),
+            "log has no split new; it has train: see --spl",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_made(
+    options: PortableOptions, problem: str, version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_log(tmp_path / "log", {"train": random_rows(3, Shape(users=1))})
+    with pytest.raises(ConfigError, match=problem):
+        export_portable(None, version, Path("out"), options, ExportOptions())
+    assert not Path("out").exists()

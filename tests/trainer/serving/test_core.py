@@ -193,7 +193,7 @@ def test_hopeless_work_is_refused_once_a_pace_is_known() -> None:
 
 
 def test_a_call_that_took_long_by_accident_is_soon_forgotten() -> None:
-    """A machine that stood still says little of the next calls, also where few follow, of a hundredth second."""
+    """A machine that stood still says little of the calls behind it, also where few and short ones follow."""
     pace, now = Pace(), 0.0
     pace.note(1_000_000, 4.0, now)
     assert pace.seconds(1_000_000, now, busy=True) == 4.0

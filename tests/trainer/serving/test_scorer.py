@@ -194,24 +194,23 @@ def test_explained_behaviors_are_those_kept_with_their_weights(name: str, sets: 
 @given(
     seed=st.integers(0, 10_000),
     width=st.integers(1, 70),
-    groups=st.integers(1, 20),
-    tile=st.integers(1, 40),
+    tiles=st.integers(1, 8),
     beside=st.booleans(),
 )
 def test_tiles_give_all_scores_and_the_best_of_each_group(
-    seed: int, width: int, groups: int, tile: int, beside: bool
+    seed: int, width: int, tiles: int, beside: bool
 ) -> None:
     """Small whole numbers, so that every order of adding up gives the same."""
-    rng, groups = drawing(seed), min(groups, width)
+    rng, tiles = drawing(seed), min(tiles, width)
     query, key = (torch.randint(-3, 4, (n, 5), generator=rng).float() for n in (4, width))
     added = torch.randint(-9, 9, (4, width), generator=rng).float() if beside else None
-    score = torch.empty(4, width)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.serving.window_search._TILE", tile)
-        best = _score(score, query, key, added, groups)
+    groups = -(-width // tiles)
+    score = torch.empty(tiles, 4, groups)
+    best = _score(score, query, [key[tile::tiles].T for tile in range(tiles)], added)
     expected = query @ key.T if added is None else query @ key.T + added
-    assert torch.equal(score, expected)
-    assert torch.equal(best, torch.stack([expected[:, g::groups].amax(1) for g in range(groups)], dim=1))
+    expected = nn.functional.pad(expected, (0, groups * tiles - width), value=-torch.inf)
+    assert torch.equal(score.permute(1, 2, 0).flatten(1), expected)
+    assert torch.equal(best, expected.unflatten(1, (groups, tiles)).amax(2))
 
 
 def scorer_of(kind: str, rng: torch.Generator) -> tuple[Scorer, int]:

@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,9 @@ from trainer.log.schema import read_manifest as read_log
 from trainer.serving.latest import Sealed
 from trainer.serving.request import History, Request
 from trainer.serving.scorer import Scorer
+from trainer.serving.user_state.second_level import SecondLevel
+from trainer.serving.user_state.settings import UserStateSettings
+from trainer.serving.user_state.state import Stretch, UserState
 from trainer.serving.versions import Versions
 from trainer.snapshot.manifest import LATEST, SEAL
 from trainer.snapshot.reading import read_manifest
@@ -279,6 +282,59 @@ def test_a_file_that_is_written_again_with_the_same_content_is_fine(root: Path) 
     assert versions.scorer.snapshot.overwritten() == ""
     file.unlink()
     assert versions.scorer.snapshot.overwritten() == "" and versions.newer() is None
+
+
+@pytest.mark.parametrize("seen", ["by its answers", "by a look", "by both"])
+def test_files_that_are_mended_where_they_lie_are_taken_anew(root: Path, seen: str) -> None:
+    """Once, with nothing of what was kept while they were wrong; whoever asks need not wait for a look."""
+    versions = Versions(root)
+    file = root / _SECOND / "tables" / "attention.0.safetensors"
+    good = file.read_bytes()
+    for asked_for in (False, True):
+        spoiled = versions.scorer
+        overwritten(root)
+        if seen != "by a look":
+            versions.doubt(spoiled)
+        if seen != "by its answers":
+            with pytest.raises(SnapshotError, match="written over"):
+                versions.newer()
+        with pytest.raises(SnapshotError, match="corrupt"):
+            versions.reload()
+        assert versions.scorer is spoiled and versions.refused is not None
+        with file.open("r+b") as opened:
+            opened.write(good)
+        if not asked_for:
+            assert versions.newer() == root / _SECOND and versions.looks["mended"] == 1
+        assert versions.reload(retry=asked_for) and versions.scorer is not spoiled
+        assert versions.refused is None and versions.latest_problem is None
+        assert versions.newer() is None and not versions.reload()
+
+
+def test_no_store_is_given_states_of_a_version_whose_file_was_overwritten(root: Path) -> None:
+    """They would be found by the key of the sound version."""
+    store = SecondLevel(_Nothing())
+    states = Versions(root, user_states=UserStateSettings(), store=store).scorer.states
+    assert states is not None
+    file = root / _SECOND / "tables" / "attention.0.safetensors"
+    good, made = file.read_bytes(), UserState(b"user", Stretch(0, np.arange(3), {}), 0, {})
+    for content, writes in ((good, 1), (good[:-4] + b"\x00\x00\x00\x00", 1), (good, 2)):
+        with file.open("r+b") as opened:
+            opened.write(content)
+        store.put(made, states._is_of_the_version)
+        assert store.flush(10) and store.statistics().writes["written"] == writes
+    assert store.statistics().writes["dropped"] == 1
+    store.close()
+
+
+class _Nothing:
+    """A store that keeps nothing."""
+
+    def get(self, key: bytes) -> bytes | None:
+        return None
+
+    def put(self, key: bytes, parts: Sequence[bytes | memoryview]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def test_the_age_of_a_version_is_that_of_its_export(root: Path) -> None:

@@ -197,6 +197,34 @@ def reaching(score_CX: Tensor, best_CG: Tensor, k: int, doubt: Doubt | None = No
     return place, score.reshape(-1)[place]
 
 
+def reaching_of_tiles(
+    score_TCG: Tensor, best_CG: Tensor, width: int, k: int, doubt: Doubt | None = None
+) -> tuple[Ints, Floats]:
+    """`reaching` of scores in tiles: those of column g * T + t are in tile t, -inf beyond the width.
+
+    Most groups of T columns hold none of the K best. Of the others alone columns are looked at.
+
+    Args:
+        best_CG: of each group, so that nothing but this is read of all of them.
+    """
+    tiles, groups = score_TCG.shape[0], score_TCG.shape[2]
+    best, fewer = best_CG.numpy(), best_of_groups(best_CG, groups_of(k)).numpy()
+    bound, with_nan = _kth(fewer, k), bool(np.isnan(fewer).any())
+    if doubt is not None:
+        bound = np.maximum(bound - _slack(doubt), _LEAST)
+    group = np.flatnonzero(~(best < bound) if with_nan else best >= bound)
+    row = group // groups
+    some_TM = score_TCG.view(tiles, -1).index_select(1, torch.from_numpy(group)).numpy()
+    bound = bound[row, 0]
+    reach_TM = ~(some_TM < bound) if with_nan else some_TM >= bound
+    reach = np.flatnonzero(reach_TM.T.ravel())
+    # Twice as fast as divmod.
+    at = reach // tiles
+    tile = reach - at * tiles
+    place = row * (width - groups * tiles) + group * tiles
+    return place[at] + tile, some_TM.reshape(-1)[tile * group.size + at]
+
+
 def best_of_reaching(
     place: Ints,
     value: Floats,
@@ -213,32 +241,56 @@ def best_of_reaching(
     if last:
         # The matrix from its end to its beginning, rows too.
         hit, value = rows * width - 1 - hit[::-1], value[::-1]
-    reach = _filled(hit, rows, width)
+    reach, first = _filled(hit, rows, width)
     if reach.shape[1] > k:
         few = np.full(reach.shape, -np.inf, dtype=np.float32)
         few[reach] = value
         few[np.isnan(few)] = np.inf
+        asked = None
         if doubt is not None:
-            slack = _slack(doubt)[::-1] if last else _slack(doubt)
-            rank_of = np.full(reach.shape, -1, dtype=np.int64)
-            rank_of[reach] = rows * width - 1 - hit if last else hit
-            doubtful, settled = _settled(few, k, slack, rank_of, doubt, width)
-            keep = _first_best(few, k)
-            if doubtful.size:
-                keep[doubtful] = _first_best(settled, k)
-        else:
-            keep = _first_best(few, k)
-        chosen = keep[reach]
+            asked = _Asked(
+                _slack(doubt)[::-1] if last else _slack(doubt), hit, first, rows * width, last, doubt
+            )
+        chosen = _few_best(few, k, width, asked)[reach]
         hit, value = hit[chosen], value[chosen]
-        reach = _filled(hit, rows, width)
-    mask = np.zeros((rows, min(k, width)), dtype=bool)
-    mask[:, : reach.shape[1]] = reach
-    column = np.full(mask.shape, width - 1, dtype=np.int64)
-    column[mask] = hit - np.repeat(np.arange(rows) * width, reach.sum(1))
-    score = np.zeros(mask.shape, dtype=np.float32)
-    score[mask] = value
-    found = torch.from_numpy(column), torch.from_numpy(mask), torch.from_numpy(score)
-    return (found[0].flip(0), found[1].flip(0), found[2].flip(0)) if last else found
+        reach, _ = _filled(hit, rows, width)
+    if reach.shape[1] == min(k, width) and reach.all():
+        mask, score = reach, value.reshape(reach.shape)
+        column = hit.reshape(reach.shape) - np.arange(rows)[:, None] * width
+    else:
+        mask = np.zeros((rows, min(k, width)), dtype=bool)
+        mask[:, : reach.shape[1]] = reach
+        column = np.full(mask.shape, width - 1, dtype=np.int64)
+        column[mask] = hit - np.repeat(np.arange(rows) * width, reach.sum(1))
+        score = np.zeros(mask.shape, dtype=np.float32)
+        score[mask] = value
+    if last:
+        mask, column, score = (part[::-1].copy() for part in (mask, column, score))
+    return torch.from_numpy(column), torch.from_numpy(mask), torch.from_numpy(score)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Whom to ask about the scores of few columns of each row.
+
+    Attributes:
+        slack: of each row, [rows, 1]; place: of all columns, row by row; first: of each row among them.
+        cells: of the matrix; turned: it is walked from its end.
+    """
+
+    slack: Floats
+    place: Ints
+    first: Ints
+    cells: int
+    turned: bool
+    doubt: Doubt
+
+    def exact(self, row: Ints, rank: Ints, width: int) -> NDArray[np.float64]:
+        """Of the columns that are so many behind the first of their row; NaN is the best."""
+        place = self.place[self.first[row] + rank]
+        asked = np.divmod(self.cells - 1 - place if self.turned else place, width)
+        exact: NDArray[np.float64] = self.doubt.exact(*(torch.from_numpy(part) for part in asked)).numpy()
+        return np.where(np.isnan(exact), np.inf, exact)
 
 
 def _slack(doubt: Doubt) -> Floats:
@@ -247,42 +299,47 @@ def _slack(doubt: Doubt) -> Floats:
     return slack
 
 
-def _first_best(few: NDArray[Any], k: int) -> NDArray[np.bool_]:
-    """Which are the K best of their row; of those equal to the K-th best the first."""
-    kth = _kth(few, k)
+def _few_best(few: Floats, k: int, width: int, asked: _Asked | None) -> NDArray[np.bool_]:
+    """Which are the K best of their row, of more than K columns.
+
+    Rounding could decide where the best one that is not among them is as good as equal to the K-th. There,
+    what is above the K-th by more than the slack is one of them for sure, what is below it by more is none.
+    """
+    order = np.sort(few, axis=1)
+    kth, after = np.maximum(order[:, -k, None], _LEAST), order[:, -k - 1, None]
+    border = kth if asked is None else kth - asked.slack
     keep: NDArray[np.bool_] = few >= kth
-    if np.count_nonzero(keep, axis=1).max() > k:
-        above, level = few > kth, few == kth
-        keep = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdims=True)))
+    close = np.flatnonzero((after >= border) & (after > -np.inf))
+    if not close.size:
+        return keep
+    few, kth, border = few[close], kth[close], border[close]
+    if asked is None:
+        keep[close] = _first_best(few, k)
+        return keep
+    sure = few > kth + asked.slack[close]
+    zone = ~sure & (few >= border) & (few > -np.inf)
+    settled = np.where(sure, np.inf, -np.inf)
+    row, rank = np.nonzero(zone)
+    settled[row, rank] = asked.exact(close[row], rank, width)
+    keep[close] = _first_best(settled, k)
     return keep
 
 
-def _settled(
-    few: Floats, k: int, slack: Floats, place: Ints, doubt: Doubt, width: int
-) -> tuple[Ints, NDArray[np.float64]]:
-    """Where rounding could decide which K are best: rows, and scores by which their K best are found.
-
-    Of the rounded scores, what is above the K-th by more than the slack is one of the K best for sure, what
-    is below it by more is none. `place`: of each score, flat in rows of `width` columns.
-    """
+def _first_best(few: NDArray[Any], k: int) -> NDArray[np.bool_]:
+    """Which are the K best of their row; of those equal to the K-th best the first."""
     kth = _kth(few, k)
-    sure = few > kth + slack
-    zone = ~sure & (few >= kth - slack) & (few > -np.inf)
-    zone &= (np.count_nonzero(zone, axis=1) > k - np.count_nonzero(sure, axis=1))[:, None]
-    doubtful = np.flatnonzero(zone.any(1))
-    settled = np.where(sure[doubtful], np.inf, -np.inf)
-    if doubtful.size:
-        row, column = (torch.from_numpy(part) for part in np.divmod(place[zone], width))
-        exact: NDArray[np.float64] = doubt.exact(row, column).numpy()
-        settled[zone[doubtful]] = np.where(np.isnan(exact), np.inf, exact)
-    return doubtful, settled
+    above, level = few > kth, few == kth
+    kept: NDArray[np.bool_] = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdims=True)))
+    return kept
 
 
-def _filled(hit: Ints, rows: int, width: int) -> NDArray[np.bool_]:
-    """Ascending flat places in [rows, width] -> [rows, most of a row], each row's first as many as it has."""
-    counts = np.diff(np.searchsorted(hit, np.arange(rows + 1) * width))
+def _filled(hit: Ints, rows: int, width: int) -> tuple[NDArray[np.bool_], Ints]:
+    """Ascending flat places in [rows, width] -> [rows, most of a row], each row's first as many as it has;
+    and where each row begins among them, [rows]."""
+    first = np.searchsorted(hit, np.arange(rows + 1) * width)
+    counts = np.diff(first)
     filled: NDArray[np.bool_] = np.arange(counts.max()) < counts[:, None]
-    return filled
+    return filled, first[:-1]
 
 
 def _kth(score: NDArray[Any], k: int) -> Floats:
@@ -290,5 +347,6 @@ def _kth(score: NDArray[Any], k: int) -> Floats:
     if score.shape[1] <= k:
         return np.full((score.shape[0], 1), _LEAST, dtype=np.float32)
     place = score.shape[1] - k
-    kth: Floats = np.maximum(np.partition(score, place, axis=1)[:, place : place + 1], _LEAST)
+    # Few numbers a row are sorted faster than they are partitioned.
+    kth: Floats = np.maximum(np.sort(score, axis=1)[:, place : place + 1], _LEAST)
     return kth

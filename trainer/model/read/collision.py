@@ -103,13 +103,18 @@ class HashCollision(TargetPooling):
     def signatures(self, vector_ND: Tensor) -> Tensor:
         """-> int64 [N, hashes], each below 2 ** bits."""
         bits = sign_bits(vector_ND, self.planes).unflatten(1, (self.hashes, self.bits))
+        if is_traced():
+            # ONNX shifts no signed numbers.
+            values = torch.tensor([1 << place for place in range(self.bits)])
+            summed: Tensor = (bits.to(torch.int64) * values).sum(2)
+            return summed
         digits: Tensor = bits.to(torch.int64) << torch.arange(self.bits, device=bits.device)
         return digits.sum(2)
 
     def buckets(self, vector_ND: Tensor) -> Tensor:
         """-> int64 [N, hashes]: each signature's place among those of all hashes."""
         signature_NM = self.signatures(vector_ND)
-        return signature_NM + (torch.arange(self.hashes, device=signature_NM.device) << self.bits)
+        return signature_NM + torch.arange(self.hashes, device=signature_NM.device) * (1 << self.bits)
 
     def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
         return {"bucket": self._narrow_buckets(key_ND)}

@@ -104,6 +104,7 @@ class StateMaker:
         store: SecondLevel | None = None,
     ) -> None:
         self.model, self.needs, self.settings = snapshot.model, needs, settings
+        self._files = snapshot.files
         self.plan = Plan.of(snapshot.model, settings.representation)
         self.cache, self.store = StateCache(settings.bytes), store
         self.outcomes: dict[int, Outcome] = {}
@@ -195,10 +196,16 @@ class StateMaker:
         for place, vectors in self._looked_up(first, parts, batch).items():
             made = self._made(keys[place], parts[place].stretch, olds[place], vectors)
             states[place] = made
-            self.cache.put(made)
-            if self.store is not None:
-                self.store.put(made)
+            # Rows of a table that was overwritten must not outlive it.
+            if all(bool(rows.isfinite().all()) for rows in vectors.values()):
+                self.cache.put(made)
+                if self.store is not None:
+                    self.store.put(made, self._is_of_the_version)
         return {place: state.rows_of(parts[place].stretch) for place, state in states.items()}
+
+    def _is_of_the_version(self) -> bool:
+        """Whether rows are still those that the key of a state stands for."""
+        return not self._files.overwritten()
 
     def _shared(self, key: bytes, store: SecondLevel) -> UserState | None:
         """What another process made, as far as it is what this one would make."""

@@ -20,7 +20,8 @@ from trainer.serving.user_state.store import StateStore
 # `found` and `absent`: the store answered; `damaged`, `foreign`: what it answered is no state of this key, so
 # it is as good as absent; `failed`: it did not answer; `rested`: it failed a moment ago, and was not asked.
 LookUp = Literal["found", "absent", "damaged", "foreign", "failed", "rested"]
-# `written`; `dropped`: the queue was full, or the store was left alone; `failed`.
+# `written`; `dropped`: the queue was full, the store was left alone, the state holds what is no number, or a
+# table of its version was overwritten; `failed`.
 Write = Literal["written", "dropped", "failed"]
 LOOK_UPS: tuple[LookUp, ...] = ("found", "absent", "damaged", "foreign", "failed", "rested")
 WRITES: tuple[Write, ...] = ("written", "dropped", "failed")
@@ -62,7 +63,7 @@ class SecondLevel:
         self._look_ups: Counter[str] = Counter(dict.fromkeys(LOOK_UPS, 0))
         self._writes: Counter[str] = Counter(dict.fromkeys(WRITES, 0))
         self._problem = ""
-        self._queue: OrderedDict[bytes, UserState] = OrderedDict()
+        self._queue: OrderedDict[bytes, tuple[UserState, Callable[[], bool]]] = OrderedDict()
         self._waiting = 0
         self._closed = self._busy = False
         # Nobody closes the store while it is asked.
@@ -94,15 +95,19 @@ class SecondLevel:
             self._failed(error)
             return "failed", None
 
-    def put(self, state: UserState) -> None:
-        """Have a state written soon; it is dropped where too much waits already."""
+    def put(self, state: UserState, may: Callable[[], bool] = lambda: True) -> None:
+        """Have a state written soon; it is dropped where too much waits already.
+
+        Args:
+            may: asked in the thread that writes; a state that may not be written by then is dropped.
+        """
         with self._changed:
             old = self._queue.pop(state.key, None)
-            self._waiting -= 0 if old is None else old.nbytes
+            self._waiting -= 0 if old is None else old[0].nbytes
             if self._closed or not self._awake() or self._waiting + state.nbytes > self._most:
                 self._writes["dropped"] += 1
                 return
-            self._queue[state.key] = state
+            self._queue[state.key] = state, may
             self._waiting += state.nbytes
             self._changed.notify_all()
 
@@ -140,21 +145,21 @@ class SecondLevel:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if self._closed:
                     break
-                _, state = self._queue.popitem(last=False)
+                _, (state, may) = self._queue.popitem(last=False)
                 self._waiting -= state.nbytes
                 self._busy = True
-            outcome = self._write(state)
+            outcome = self._write(state, may)
             with self._changed:
                 self._writes[outcome] += 1
             # Else its memory stays until the next one is written.
-            del state
+            del state, may
         with self._asking:
             self._store.close()
 
-    def _write(self, state: UserState) -> Write:
-        if not self._awake():
-            return "dropped"
+    def _write(self, state: UserState, may: Callable[[], bool]) -> Write:
         try:
+            if not self._awake() or not state.is_finite() or not may():
+                return "dropped"
             self._store.put(state.key, encode(state))
         except Exception as error:
             self._failed(error)

@@ -159,6 +159,10 @@ class UserState:
         """Rows of places [first, last); a view."""
         return self.rows[name][first - self.origin : last - self.origin]
 
+    def is_finite(self) -> bool:
+        """Whether all that it says is numbers: it is made of rows that may have been written over."""
+        return all(bool(part.isfinite().all()) for part in self.rows_of(self.known).values())
+
     def rows_of(self, wanted: Stretch) -> dict[str, Tensor]:
         """Rows of behaviors that it has, by name; views."""
         return {name: self.part(name, wanted.first, wanted.last) for name in self.rows}

@@ -9,6 +9,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,21 @@ def test_failures_are_counted_and_the_store_is_left_alone_for_a_while() -> None:
     assert found.writes == {"written": 1, "dropped": 1, "failed": 1} and "no space left" in found.problem
     level.close()
     assert not store.held
+
+
+def test_a_state_of_rows_that_are_no_numbers_is_kept_from_others() -> None:
+    """The table was written over, and will be mended; places behind the last behavior mean nothing."""
+    store = MemoryStore()
+    level = SecondLevel(store)
+    for user, place in ((1, 304), (2, 305)):
+        state = state_of(user)
+        rows = {name: part.clone() for name, part in state.rows.items()}
+        wide = next(part for part in rows.values() if part.is_floating_point() and part.shape[0] > 305)
+        wide[place] = torch.nan
+        level.put(replace(state, rows=rows))
+    assert level.flush(20)
+    assert list(store.held) == [key_of(2)] and level.statistics().writes["dropped"] == 1
+    level.close()
 
 
 def test_writes_wait_in_a_bounded_queue_where_the_newest_state_of_a_user_counts() -> None:

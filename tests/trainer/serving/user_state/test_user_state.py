@@ -242,9 +242,32 @@ def test_a_state_of_another_process_is_as_good_as_an_own_one(
     # One that has other tensors is none, whoever put it under this key.
     assert mine.states is not None
     (found,) = mine.states.cache._states.values()
-    mine.states.cache.put(replace(found, rows={"group/other": found.rows["branch/main/key"]}))
+    forget(mine)
+    store.put(replace(found, rows={"group/other": found.rows["branch/main/key"]}))
+    assert store.flush(10)
     assert np.array_equal(extended, scores(mine, long)[0])
-    assert outcomes(mine) == {"extended": 1, "miss": 1}
+    assert outcomes(mine) == {"miss": 1}
+    store.close()
+
+
+def test_rows_that_are_no_numbers_do_not_outlive_the_table_that_had_them(log: Path) -> None:
+    """Neither in memory nor in a store, where they would be found by the key of the sound version."""
+    snapshot, store = snapshot_of(preset("dare", log)), SecondLevel(_Memory())
+    scorer, plain = Scorer(snapshot, user_states=ALL, store=store), Scorer(snapshot)
+    first = longest(plain)[0]
+    short, long = (replace(first, history=drawn(plain, 0, count), time=1_000, user_id=7) for count in (8, 12))
+    scores(scorer, short)
+    (expected,) = scores(plain, long)
+    item = int(long.history.features["item_id"].values[-1])
+    names = dict(snapshot.model.named_parameters())
+    table = next(names[name] for name in names if "attention" in name and "item_id" in name)
+    sound = table.data[item].clone()
+    table.data[item] = torch.nan
+    assert np.isnan(scores(scorer, long)[0]).any()
+    table.data[item] = sound
+    assert store.flush(10) and store.statistics().writes["written"] == 1
+    assert np.abs(scores(scorer, long)[0] - expected).max() <= 1e-6
+    assert outcomes(scorer) == {"miss": 1, "extended": 2}
     store.close()
 
 
