@@ -138,7 +138,8 @@ class BatchingSettings(Settings):
     """Milliseconds of the processor that a call may take, by what calls took lately, which is made without a
     change of threads where the model has nothing else to do. Clients wait meanwhile. 0 = none is."""
     threads: PositiveInt = BatchSettings.threads
-    """Threads of the model's matrix products."""
+    """Threads of the model's matrix products; of a model that searches, threads that share a request's
+    candidates in the search."""
 
     def settings(self) -> BatchSettings:
         """As the library takes them."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from trainer.data.batch import RequestBatch
 from trainer.model.ops.bags import rows_at
 from trainer.model.ops.precision import full, in_single_precision
-from trainer.model.ops.traced import is_traced
+from trainer.model.ops.traced import is_traced, stable_sort
 from trainer.model.time import Marks, age_bucket, no_level
 
 
@@ -187,7 +187,7 @@ def _cluster_windows(batch: RequestBatch, history_length: int) -> Windows:
         return replace(whole, lengths=None, log_size=torch.zeros(index.shape, device=index.device))
     mask = whole.mask & (clusters.size[index] > 0) & (clusters.until[index] <= clusters.end[:, None])
     count = max(batch.host_sizes.clusters, 1)
-    column = (~mask).to(torch.int8).sort(dim=1, stable=True).indices[:, :count]
+    column = stable_sort((~mask).to(torch.int32)).indices[:, :count]
     mask, index = mask.gather(1, column), index.gather(1, column)
     index = torch.where(mask, index, 0)
     rank = torch.where(mask, mask.cumsum(1, dtype=torch.int32).clamp(max=history_length), 0)

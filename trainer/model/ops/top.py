@@ -265,7 +265,7 @@ def best_of_reaching(
         score = np.zeros(mask.shape, dtype=np.float32)
         score[mask] = value
     if last:
-        mask, column, score = (part[::-1].copy() for part in (mask, column, score))
+        mask, column, score = mask[::-1].copy(), column[::-1].copy(), score[::-1].copy()
     return torch.from_numpy(column), torch.from_numpy(mask), torch.from_numpy(score)
 
 
