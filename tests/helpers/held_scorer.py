@@ -48,7 +48,7 @@ class HeldScorer:
 
     Attributes:
         calls: the users of each call that has begun, in order; wrong: users whose requests raise an error;
-            odd: users whose answers are no numbers.
+            odd: users whose answers are no numbers; threads: the name of that of each call.
     """
 
     version: str = "v00000001"
@@ -60,6 +60,8 @@ class HeldScorer:
     encoders: dict[str, Any] = field(default_factory=dict)
     branches: dict[str, Any] = field(default_factory=dict)
     vocabularies: dict[str, Any] = field(default_factory=dict)
+    states: Any = None
+    threads: list[str] = field(default_factory=list)
     snapshot: Any = field(default_factory=lambda: SimpleNamespace(id_maps={}, posteriors={}))
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class HeldScorer:
         self, requests: Sequence[Request], explain: bool = False, explore: Sequence[Any] = ()
     ) -> tuple[list[Answer], Seconds]:
         self.calls.append([each.user_id for each in requests])
+        self.threads.append(threading.current_thread().name)
         if not self._open.is_set():
             self._may.acquire()
         if self.wrong & {each.user_id for each in requests}:
@@ -132,10 +135,10 @@ class Held:
 
 @asynccontextmanager
 async def held_core(limits: Limits | None = None, **batching: Any) -> AsyncIterator[Held]:
-    """A running core; what waits at the end is let go."""
+    """A running core; what waits at the end is let go. Where the event loop scored, no test could go on."""
     scorer, noted = HeldScorer(), Noting()
     versions = SimpleNamespace(scorer=scorer, histories=None, doubt=lambda scorer: None)
-    settings = CoreSettings(limits or Limits(), BatchSettings(**batching))
+    settings = CoreSettings(limits or Limits(), BatchSettings(**{"loop_seconds": 0.0, **batching}))
     core = ScoringCore(versions, settings, noted)  # type: ignore[arg-type]
     running = asyncio.create_task(core.run())
     try:
