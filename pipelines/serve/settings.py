@@ -134,18 +134,14 @@ class BatchingSettings(Settings):
     inline: NonNegativeInt = BatchSettings.inline
     """Bytes of a body that is decoded at once, where the server has no histories. Longer ones wait for the
     thread that decodes them, one at a time."""
-    loop_ms: NonNegativeFloat = 1000 * BatchSettings.loop_seconds
-    """Milliseconds of the processor that a call may take, by what calls took lately, which is made without a
-    change of threads where the model has nothing else to do. Clients wait meanwhile. 0 = none is."""
     threads: PositiveInt = BatchSettings.threads
     """Threads of the model's matrix products; of a model that searches, threads that share a request's
     candidates in the search."""
 
     def settings(self) -> BatchSettings:
         """As the library takes them."""
-        own = self.model_dump(exclude={"window_ms", "deadline_ms", "loop_ms"})
-        window, deadline, loop = (ms / 1000 for ms in (self.window_ms, self.deadline_ms, self.loop_ms))
-        return BatchSettings(window=window, deadline=deadline, loop_seconds=loop, **own)
+        own = self.model_dump(exclude={"window_ms", "deadline_ms"})
+        return BatchSettings(window=self.window_ms / 1000, deadline=self.deadline_ms / 1000, **own)
 
 
 class HotRowSettings(Settings):

@@ -48,7 +48,7 @@ class HeldScorer:
 
     Attributes:
         calls: the users of each call that has begun, in order; wrong: users whose requests raise an error;
-            odd: users whose answers are no numbers; threads: the name of that of each call.
+            odd: users whose answers are no numbers.
     """
 
     version: str = "v00000001"
@@ -60,8 +60,6 @@ class HeldScorer:
     encoders: dict[str, Any] = field(default_factory=dict)
     branches: dict[str, Any] = field(default_factory=dict)
     vocabularies: dict[str, Any] = field(default_factory=dict)
-    states: Any = None
-    threads: list[str] = field(default_factory=list)
     snapshot: Any = field(default_factory=lambda: SimpleNamespace(id_maps={}, posteriors={}))
 
     def __post_init__(self) -> None:
@@ -71,7 +69,6 @@ class HeldScorer:
         self, requests: Sequence[Request], explain: bool = False, explore: Sequence[Any] = ()
     ) -> tuple[list[Answer], Seconds]:
         self.calls.append([each.user_id for each in requests])
-        self.threads.append(threading.current_thread().name)
         if not self._open.is_set():
             self._may.acquire()
         if self.wrong & {each.user_id for each in requests}:
@@ -135,10 +132,10 @@ class Held:
 
 @asynccontextmanager
 async def held_core(limits: Limits | None = None, **batching: Any) -> AsyncIterator[Held]:
-    """A running core; what waits at the end is let go. Where the event loop scored, no test could go on."""
+    """A running core; what waits at the end is let go."""
     scorer, noted = HeldScorer(), Noting()
     versions = SimpleNamespace(scorer=scorer, histories=None, doubt=lambda scorer: None)
-    settings = CoreSettings(limits or Limits(), BatchSettings(**{"loop_seconds": 0.0, **batching}))
+    settings = CoreSettings(limits or Limits(), BatchSettings(**batching))
     core = ScoringCore(versions, settings, noted)  # type: ignore[arg-type]
     running = asyncio.create_task(core.run())
     try:

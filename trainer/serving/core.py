@@ -13,7 +13,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,13 +22,12 @@ from trainer.serving import arrow_body
 from trainer.serving.body import Body, decode, encode, held_bytes
 from trainer.serving.call import JSON, Call, Reply
 from trainer.serving.cost import sizes_of, work_of
-from trainer.serving.model_calls import Outcome, Portion
+from trainer.serving.model_calls import Outcome, Portion, score_portions
 from trainer.serving.observer import Follow, ModelCall, Observer, PartTimes
 from trainer.serving.pace import Pace
 from trainer.serving.request import Limits, RequestError
 from trainer.serving.scheduler import BatchSettings, BodyPart, Scheduler, Work
-from trainer.serving.scorer import Answer, Scorer
-from trainer.serving.short_calls import Measured, ShortCalls, score_measured
+from trainer.serving.scorer import Answer, Scorer, Seconds
 from trainer.serving.soundness import UnsoundError
 from trainer.serving.versions import Versions
 
@@ -83,26 +82,12 @@ _Job = Work[_Waiting]
 
 @dataclass(frozen=True)
 class _Call:
-    """A model call that is under way: the bodies, their parts, and what becomes of these.
-
-    Attributes:
-        scoring: None where the event loop makes the call itself.
-    """
+    """A model call that is under way: the bodies, their parts, and what becomes of these."""
 
     jobs: Sequence[_Job]
     parts: Sequence[BodyPart]
-    portions: Sequence[Portion]
     began: float
-    scoring: asyncio.Future[Measured] | None
-
-    @property
-    def requests(self) -> int:
-        return sum(part.size.requests for part in self.parts)
-
-    @property
-    def work(self) -> int:
-        """In pairs; see `trainer.serving.cost`."""
-        return work_of(1, self.requests, sum(part.size.cost for part in self.parts))
+    scoring: asyncio.Future[tuple[list[Outcome], Seconds]]
 
 
 class Queue(NamedTuple):
@@ -140,7 +125,6 @@ class ScoringCore:
         # Bodies that are decoded, wait, are scored or encoded.
         self._taken = 0
         threads = self.settings.batching.threads
-        self._short = ShortCalls(threads)
         self._model = ThreadPoolExecutor(1, "score", torch.set_num_threads, (threads,))
         # One body at a time becomes larger, and the event loop goes on meanwhile.
         self._decoder = ThreadPoolExecutor(1, "decode")
@@ -167,12 +151,11 @@ class ScoringCore:
         try:
             while True:
                 await self._company()
-                call = self._begin(may_be_short=True)
+                call = self._begin()
                 while call is not None:
                     outcomes = await self._outcomes(call)
-                    # The model goes on with the next call while the answers of this one are handed out; but
-                    # the event loop makes none before it has looked at its clients.
-                    following = None if call.scoring is None else self._begin()
+                    # The model goes on with the next call while the answers of this one are handed out.
+                    following = self._begin()
                     self._hand_out(call, outcomes)
                     call = following
         finally:
@@ -332,7 +315,7 @@ class ScoringCore:
         first = self._scheduler.waiting[0]
         return first.queued + self.settings.batching.window - self.clock()
 
-    def _begin(self, may_be_short: bool = False) -> _Call | None:
+    def _begin(self) -> _Call | None:
         """The next model call, unless nobody waits, or who waits is to have company first."""
         now = self.clock()
         # Who awaits them is told by the clock of `_in_time`.
@@ -342,23 +325,19 @@ class ScoringCore:
         jobs = self._scheduler.begin()
         parts = [job.part for job in jobs]
         portions = [self._portion(job.owner.body, job.part) for job in jobs]
-        call = _Call(jobs, parts, portions, now, None)
-        most = self.settings.batching.loop_seconds
-        if may_be_short and self._short.allow(portions, call.work, most, now):
-            return call
-        scoring = asyncio.get_running_loop().run_in_executor(self._model, score_measured, portions)
-        return replace(call, scoring=scoring)
+        scoring = asyncio.get_running_loop().run_in_executor(self._model, score_portions, portions)
+        return _Call(jobs, parts, now, scoring)
 
     async def _outcomes(self, call: _Call) -> list[Outcome]:
         """Of each body of the call: answers to its part, or what went wrong with it."""
         try:
-            found = score_measured(call.portions) if call.scoring is None else await call.scoring
-            outcomes, seconds, ended = found.outcomes, found.seconds, self.clock()
-            self._pace.note(call.work, ended - call.began, ended)
-            self._short.note(call.work, found, ended)
-            candidates = sum(part.size.candidates for part in call.parts)
+            outcomes, seconds = await call.scoring
+            ended, taken = self.clock(), [part.size for part in call.parts]
+            requests, cost = sum(size.requests for size in taken), sum(size.cost for size in taken)
+            self._pace.note(work_of(1, requests, cost), ended - call.began, ended)
+            candidates = sum(size.candidates for size in taken)
             waited = [call.began - job.queued for job in call.jobs if not job.done]
-            self.observe.called(ModelCall(len(call.jobs), call.requests, candidates, waited, seconds))
+            self.observe.called(ModelCall(len(call.jobs), requests, candidates, waited, seconds))
             for job in call.jobs:
                 if job.owner.follow is not None:
                     job.owner.follow(PartTimes(None if job.done else call.began - job.queued, seconds))

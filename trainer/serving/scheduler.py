@@ -28,8 +28,6 @@ class BatchSettings:
         threads: of the model.
         deadline: seconds that a body has whose client names no deadline; 0 = all the time.
         inline: bytes of a body that is decoded at once and not by the thread that decodes larger ones.
-        loop_seconds: of the processor, that a model call may take which the event loop makes itself; 0 = it
-            makes none.
     """
 
     window: float = 0.0
@@ -41,7 +39,6 @@ class BatchSettings:
     threads: int = 1
     deadline: float = 30.0
     inline: int = 32 << 10
-    loop_seconds: float = 0.005
 
 
 class Size(NamedTuple):
