@@ -85,11 +85,14 @@ class Comparison:
         done.requests, done.candidates = recorded.batch.requests, recorded.batch.candidates
         return done
 
-    def of_split(self, reader: SequenceLogReader, limit: int) -> Compared:
+    def of_split(self, reader: SequenceLogReader, limit: int, auc_bound: float = BOUND) -> Compared:
         """The first `limit` requests of a split, 0 = all.
 
+        Args:
+            auc_bound: how far an AUC may be off.
+
         Raises:
-            SnapshotError: a score or an AUC differs by more than `BOUND`.
+            SnapshotError: a score differs by more than `BOUND`, or an AUC by more than its own.
         """
         done, found = Compared(), deque[Tensor]()
 
@@ -105,7 +108,7 @@ class Comparison:
         for place, task in enumerate(mine.tasks):
             done.aucs[task] = before, after = _auc(its, place), _auc(mine, place)
             # A task without a label, or with labels of one kind, has none.
-            if not (abs(before - after) <= BOUND or np.isnan(before)):
+            if not (abs(before - after) <= auc_bound or np.isnan(before)):
                 problem = f"the AUC of {task} is {after:.8f} instead of {before:.8f} on {reader.split}"
                 raise SnapshotError(self.file, f"{problem}; nothing is published")
         return done
