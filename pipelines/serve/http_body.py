@@ -13,6 +13,8 @@ from trainer.serving.request import Limits, RequestError
 
 # An answer is sent in pieces, so that a client that reads slowly is noticed before all of it is handed over.
 _PIECE = 256 << 10
+# A shorter one is less than what a connection takes without a wait, so there is no end to be waited for.
+_AT_ONCE = 16 << 10
 # Longer bodies get pages of their own.
 _SHORT = 64 << 10
 
@@ -82,6 +84,9 @@ class HeldAnswer(Response):
         try:
             start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             await send(start)
+            if len(self.body) <= _AT_ONCE:
+                await send({"type": "http.response.body", "body": self.body, "more_body": False})
+                return
             for first in range(0, len(self.body), _PIECE):
                 piece = bytes(self.body[first : first + _PIECE])
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
