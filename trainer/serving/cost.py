@@ -14,7 +14,7 @@ from trainer.serving.scheduler import Size
 PAIRS_OF_CANDIDATE = 2_500
 # Of each request: its history.
 PAIRS_OF_REQUEST = 100_000
-# Of each model call, whatever it scores: 2 to 3 ms, counted in pairs of a cheap model. With fewer, the time of
+# Of each model call, whatever it scores: 2 to 3 ms, in pairs of a cheap model. With fewer, the time of
 # small calls would count as time of their few pairs, and large bodies would be refused for it.
 PAIRS_OF_CALL = 3_000_000
 
