@@ -22,6 +22,8 @@ _LONGEST_HEAD = 64 << 10
 _FEW_PARTS, _SHORT_PART = 1_000, 256
 # With this message the task of a request is cancelled whose client has left.
 LEFT = "the client has left"
+# Seconds for which a client may go on to send a head that was refused, so that it reads the answer.
+_LINGER = 1.0
 # Seconds that a body which is on its way when the server ends may still take.
 _LAST_BODY = 1.0
 
@@ -84,7 +86,7 @@ class Bounded(asyncio.Protocol):
     cycle: Any
     flow: Any
     tasks: Any
-    _turned_away = False
+    _turned_away = _lingers = False
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _last_timer: asyncio.TimerHandle | None = None
@@ -168,9 +170,9 @@ class Bounded(asyncio.Protocol):
         """What is no HTTP, as one line of JSON as other errors are."""
         self.refuse(400, "this is no valid HTTP request")
 
-    def refuse(self, status: int, problem: str) -> None:
+    def refuse(self, status: int, problem: str, linger: bool = False) -> None:
         """Answer with an error, without the application, and close."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._lingers:
             return
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.transport.abort()
@@ -181,7 +183,13 @@ class Bounded(asyncio.Protocol):
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
         head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(head.encode() + body)
-        self.transport.close()
+        if not linger:
+            self.transport.close()
+            return
+        self._lingers = True
+        self._head_timer = _cancelled(self._head_timer)
+        self.transport.write_eof()
+        self._last_timer = self.loop.call_later(_LINGER, self.transport.close)
 
 
 class BoundedHttptools(Bounded, HttpToolsProtocol):
@@ -197,12 +205,28 @@ class BoundedHttptools(Bounded, HttpToolsProtocol):
         self._head_bytes = 0
 
     def data_received(self, data: bytes) -> None:
-        """A head that is too long is refused before it has come whole."""
+        """A head that is too long is refused before it has come whole.
+
+        What comes at once may be longer than a head: httptools is given as much as a head may still have.
+        """
+        while not self._in_body and not self._turned_away and self._head_bytes + len(data) > _LONGEST_HEAD:
+            room = _LONGEST_HEAD - self._head_bytes
+            self._head_bytes = _LONGEST_HEAD
+            if room:
+                super().data_received(data[:room])
+                data = data[room:]
+            if not self._in_body and self._head_bytes == _LONGEST_HEAD and not self._turned_away:
+                self._refuse_head()
+                return
         if not self._in_body:
             self._head_bytes += len(data)
         super().data_received(data)
-        if not self._in_body and self._head_bytes > _LONGEST_HEAD:
-            self.refuse(400, f"the head of the request is longer than {_LONGEST_HEAD:,} bytes")
+
+    def _refuse_head(self) -> None:
+        """Answer, and let the client end what it sends: with bytes unread, closing would reset the connection
+        before the client has read the answer.
+        """
+        self.refuse(400, f"the head of the request is longer than {_LONGEST_HEAD:,} bytes", linger=True)
 
     def on_headers_complete(self) -> None:
         """The head has come whole; what follows in the same bytes is no part of it."""
@@ -228,12 +252,12 @@ class BoundedHttptools(Bounded, HttpToolsProtocol):
         if not self.pipeline:
             self.flow.resume_reading()
 
-    def refuse(self, status: int, problem: str) -> None:
+    def refuse(self, status: int, problem: str, linger: bool = False) -> None:
         """Not in the middle of answers to requests that were sent before, without waiting for theirs."""
         if self.pipeline:
             self.transport.abort()
             return
-        super().refuse(status, problem)
+        super().refuse(status, problem, linger)
 
 
 def protocol(limits: LoadLimits, notices: Notices) -> type[asyncio.Protocol]:

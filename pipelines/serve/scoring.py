@@ -20,7 +20,7 @@ from trainer.serving.json_body import ScoreBody
 from trainer.serving.request import RequestError
 
 DEADLINE = "x-request-deadline-ms"
-_MILLISECONDS = re.compile(r"[0-9]{1,9}")
+_MILLISECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 class _Direct(APIRoute):
@@ -92,4 +92,4 @@ def deadline_of(request: Request) -> float | None:
         return None
     if not _MILLISECONDS.fullmatch(said):
         raise RequestError(422, f"the header {DEADLINE} is {said[:40]!r}, expected milliseconds such as 250")
-    return time.monotonic() + int(said) / 1000
+    return time.monotonic() + float(said) / 1000

@@ -26,6 +26,7 @@ class Server(uvicorn.Server):
         self._grpc: GrpcServer | None = None
         service.connections = self.server_state.connections
         self._ends_at: float | None = None
+        self._said = False
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -53,12 +54,22 @@ class Server(uvicorn.Server):
             self._service.core.begin_drain()
         self._ends_at = time.monotonic() + (0.0 if again else self._drain.delay_seconds)
 
+    def _say_draining(self) -> None:
+        """Once, and not from the handler of a signal, which may come in the middle of another line."""
+        if not self._said:
+            self._said = True
+            problem = f"draining {self._service.versions.scorer.version}: a signal came, the server will end"
+            self._service.log.say("draining", problem, version=self._service.versions.scorer.version)
+
     async def on_tick(self, counter: int) -> bool:
+        if self._ends_at is not None:
+            self._say_draining()
         over = self._ends_at is not None and time.monotonic() >= self._ends_at
         return await super().on_tick(counter) or over
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Close what listens and what is idle; wait for the others, and cut off those that take too long."""
+        self._say_draining()
         for server in self.servers:
             server.close()
         state = self.server_state
@@ -81,3 +92,5 @@ class Server(uvicorn.Server):
         while state.tasks and time.monotonic() < end:
             await asyncio.sleep(_LOOK)
         await self.lifespan.shutdown()
+        version = self._service.versions.scorer.version
+        self._service.log.say("ended", "the server has ended", version=version)

@@ -26,6 +26,7 @@ from trainer.serving.checks import check_names
 from trainer.serving.exploration import Exploration, exploration_of
 from trainer.serving.form import RequestForm
 from trainer.serving.histories import as_user
+from trainer.serving.known_names import check_columns, check_keys
 from trainer.serving.numbers import codes_of_array
 from trainer.serving.request import Doubles, History, Limits, Needs, Part, Request, RequestError
 from trainer.serving.scorer import Answer
@@ -60,9 +61,11 @@ def read_arrow(
             if len(set(schema.names)) != len(schema.names):
                 raise RequestError(422, "a column occurs twice")
             metadata = schema.metadata or {}
+            check_keys((key.decode(errors="replace") for key in metadata), "the schema's metadata")
             exploration, ids = exploration_of(metadata), metadata.get(b"ids", b"dense")
             if ids not in (b"dense", b"raw"):
-                problem = f"the schema's metadata says ids: {ids[:40]!r}; dense and raw are known"
+                said = ids[:40].decode(errors="replace")
+                problem = f"the schema's metadata says ids: {said!r}; dense and raw are known"
                 raise RequestError(422, problem)
             for batch in reader:
                 if len(requests) + batch.num_rows > limits.requests:
@@ -105,8 +108,11 @@ def write_arrow(answers: Sequence[Answer], tasks: Sequence[str], version: str) -
     return bytes(sink.getvalue())
 
 
-def checked_columns(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
+def checked_columns(batch: pa.RecordBatch, needs: Needs, what: str = "column") -> pa.RecordBatch:
     """The columns that are read, each checked to be what it says.
+
+    Args:
+        what: they are called in messages.
 
     Raises:
         RequestError: 422 naming the column.
@@ -117,8 +123,9 @@ def checked_columns(batch: pa.RecordBatch, needs: Needs) -> pa.RecordBatch:
             continue
         given = [name.removeprefix(part.prefix) for name in columns if name.startswith(part.prefix)]
         check_names([name for name in given if name != "timestamp"], part, f"columns {part.prefix}*")
-    known = ["user_id", "request_timestamp", "history_timestamp", *CLUSTER_COLUMNS]
-    known += [f"{part.prefix}{name}" for part in needs.parts for name in part.known]
+    features = [f"{part.prefix}{name}" for part in needs.parts for name in part.known]
+    check_columns(columns, features, what)
+    known = ["user_id", "request_timestamp", "history_timestamp", *CLUSTER_COLUMNS, *features]
     there = set(columns)
     batch = batch.select([name for name in known if name in there])
     for name in batch.schema.names:

@@ -36,6 +36,8 @@ Result = TypeVar("Result")
 _FEW_CANDIDATES = 2_000
 # Seconds after which a client that was sent away may come again, at the latest.
 _LATEST_RETRY = 60
+# So often a body is scored that by the pace would take too long even alone: the pace may be wrong for it.
+_SECONDS_OF_TRIAL = 30.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class ScoringCore:
         self.settings, self.observe = settings or CoreSettings(), observe or Observer()
         self.clock = time.monotonic
         self._scheduler: Scheduler[_Waiting] = Scheduler(self.settings.batching)
-        self._pace = Pace()
+        self._pace, self._tried = Pace(), -math.inf
         self._arrived = asyncio.Event()
         self._ended = self._draining = False
         # The scorer whose answers were found to be no numbers.
@@ -297,8 +299,17 @@ class ScoringCore:
         seconds = self._pace.seconds(work_of(calls, requests, cost), now, busy)
         if not seconds or now + seconds <= job.deadline:
             return
-        self.observe.lost("hopeless")
         left = max(job.deadline - now, 0.0)
+        own = work_of(len(job.parts), job.requests(len(job.parts)), job.cost(len(job.parts)))
+        alone = self._pace.seconds(own, now, busy)
+        if alone > left:
+            if not busy and now - self._tried >= _SECONDS_OF_TRIAL:
+                self._tried = now
+                return
+            self.observe.lost("hopeless")
+            problem = f"this body alone takes about {alone:.1f} s, and it has {left:.1f} s"
+            raise RequestError(503, f"{problem}; send fewer candidates or allow more time")
+        self.observe.lost("hopeless")
         problem = f"it would take about {seconds:.1f} s until this is scored, and it has {left:.1f} s"
         later = min(max(math.ceil(seconds - left), 1), _LATEST_RETRY)
         raise RequestError(503, f"{problem}; try again", later)

@@ -12,8 +12,11 @@ from trainer.serving.scheduler import Size
 # pairs, on one core (K = 50, vectors of width 16 and 64, a representation of width 128: 2 to 4 ns a pair).
 # Of each candidate: its vectors, the behaviors that were kept for it, and the layers behind them.
 PAIRS_OF_CANDIDATE = 2_500
-# Of each request: its history. Of each model call, whatever it scores.
-PAIRS_OF_REQUEST, PAIRS_OF_CALL = 100_000, 1_000_000
+# Of each request: its history.
+PAIRS_OF_REQUEST = 100_000
+# Of each model call, whatever it scores: 2 to 3 ms, in pairs of a cheap model. With fewer, the time of
+# small calls would count as time of their few pairs, and large bodies would be refused for it.
+PAIRS_OF_CALL = 3_000_000
 
 
 def cost_of(request: Request, needs: Needs) -> int:

@@ -56,7 +56,7 @@ def decode_tensors(
     stored: Mapping[int, History] = histories or {}
     try:
         columns = {name: _column(name, tensors) for name in tensors if not name.endswith(LENGTHS)}
-        row = checked_columns(pa.RecordBatch.from_pydict(columns), scorer.needs)
+        row = checked_columns(pa.RecordBatch.from_pydict(columns), scorer.needs, "tensor")
         translation = Translation(scorer.vocabularies, users) if ids == "raw" else None
         form = _TensorForm(row, 0, 0, ValuesLeft(limits.ids), scorer.needs, translation)
         request = form.request(stored, limits)

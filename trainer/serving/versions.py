@@ -129,7 +129,7 @@ class Versions:
                 one stays.
         """
         with self._lock:
-            found = Sealed.at(resolve(self.root)) if retry else self._look()
+            found = Sealed.at(resolve(self.root)) if retry else self._look(again=True)
             if found is None or (found == self._served and retry and not self._wants_anew()):
                 self._reloaded("unchanged")
                 return False
@@ -156,10 +156,15 @@ class Versions:
         self._refused = self.refused = self.latest_problem = None
         self._served, self.scorer, self._hot_rows = found, scorer, hot_rows
 
-    def _look(self) -> Sealed | None:
-        """What may be taken of what LATEST names; every look is counted."""
+    def _look(self, again: bool = False) -> Sealed | None:
+        """What may be taken of what LATEST names; every look is counted.
+
+        Args:
+            again: `newer` has found and counted what is to be taken now.
+        """
         look = self._found()
-        self.looks[look.outcome] += 1
+        if not (again and look.outcome in ("newer", "mended")):
+            self.looks[look.outcome] += 1
         if look.problem is not None:
             self.latest_problem = str(look.problem)
             raise look.problem

@@ -12,6 +12,7 @@ from pipelines.serve.service import Service
 from trainer.log.encoders.encoder import Encoder
 from trainer.serving import arrow_body
 from trainer.serving.call import JSON, Call
+from trainer.serving.known_names import check_keys
 from trainer.serving.request import Needs, Part, RequestError
 from trainer.serving.tensor_body import LENGTHS, decode_tensors, tensors_of
 
@@ -102,6 +103,7 @@ class OpenInference:
             RequestError: see `ScoringCore.score`; 404 for another model, 422 for tensors that are no request.
         """
         self.check_model(call.model, call.version)
+        check_keys(call.parameters, "the parameters")
         # Each is a copy of all scores.
         check_tensors(call.outputs)
         return await (self._body(call) if BODY in call.tensors else self._tensors(call))

@@ -195,7 +195,6 @@ def _answers(served: Served) -> bool:
     "content",
     [
         b"\x16\x03\x01 no HTTP\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 100_000,
         b"POST /score HTTP/1.1\r\nhost: a\r\ncontent-length: -1\r\n\r\n{}",
         b"POST /score HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n{}",
         b"POST /score HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 20_000,
@@ -217,6 +216,17 @@ def test_what_is_no_http_is_one_line_of_json(served: Served, content: bytes) -> 
             assert len(content) > 50_000
         if answer or len(content) <= 50_000:
             assert answer.startswith(b"HTTP/1.1 400 ") and b'{"error": "' in answer
+
+
+@pytest.mark.parametrize(("size", "status"), [(65_536, 200), (65_537, 400), (100_000, 400), (300_000, 400)])
+def test_a_head_has_64_kib_and_who_sends_more_reads_why(served: Served, size: int, status: int) -> None:
+    head = b"GET /readyz HTTP/1.1\r\nhost: a\r\nx: "
+    with served.open() as connection:
+        connection.settimeout(30)
+        connection.sendall(head + b"y" * (size - len(head) - 4) + b"\r\n\r\n")
+        answer = connection.recv(400)
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        assert (b"longer than 65,536 bytes" in answer) == (status == 400)
 
 
 def test_requests_behind_each_other_and_upgrades_are_answered(served: Served) -> None:

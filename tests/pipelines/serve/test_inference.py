@@ -234,6 +234,12 @@ REFUSED: list[tuple[Callable[[Body], None], int, str]] = [
     (lambda body: body.update(inputs=body["inputs"][:1] * 10_001), 413, "10,001 tensors; a call may have"),
     (lambda body: body.update(parameters={"ids": "row"}), 422, "the parameter ids is 'row'"),
     (lambda body: body.update(parameters={"explore": "x"}), 422, "explore"),
+    (
+        lambda body: body.update(parameters={"explain": True}),
+        422,
+        "the parameters: explain is for bodies in JSON",
+    ),
+    (change("history_timestamp", name="histroy_timestamp"), 422, "tensor histroy_timestamp: no such tensor"),
 ]
 
 
@@ -285,6 +291,10 @@ def test_deadlines_limits_and_clients_that_leave_reach_the_core(
                 "/score", json={"requests": asked[:1]}, headers={"x-request-deadline-ms": "soon"}
             )
             assert answer.status_code == 422 and "x-request-deadline-ms" in answer.json()["error"]
+            answer = await client.http.post(
+                "/score", json={"requests": asked[:1]}, headers={"x-request-deadline-ms": "0.01"}
+            )
+            assert answer.status_code in (503, 504)
             leaving = asyncio.ensure_future(remote.infer("tandemrec", inputs(asked[0])))
             await asyncio.sleep(0.2)
             leaving.cancel()

@@ -200,6 +200,8 @@ def test_sigterm_finishes_what_was_accepted(made: Path) -> None:
             out, err = process.communicate(timeout=60)
         assert [status for status, _ in answers] == [200] * 4
         assert process.returncode == 0 and err == "" and "Traceback" not in out
+        said = out.splitlines()
+        assert said[-2].startswith("draining v00000001: ") and said[-1] == "the server has ended"
 
 
 def metric(url: str, name: str) -> float:

@@ -15,7 +15,7 @@ from tests.helpers.held_scorer import Held, HeldScorer, held_core, request
 from trainer.serving import model_calls
 from trainer.serving.call import Call
 from trainer.serving.core import State
-from trainer.serving.cost import PAIRS_OF_CANDIDATE
+from trainer.serving.cost import PAIRS_OF_CANDIDATE, work_of
 from trainer.serving.observer import Observer
 from trainer.serving.pace import Pace
 from trainer.serving.request import Limits, RequestError
@@ -178,11 +178,14 @@ def test_hopeless_work_is_refused_once_a_pace_is_known() -> None:
         now += 10
         held.scorer.open()
         await body
-        # Two such parts take 20 seconds.
+        # Two such parts take 20 seconds, and after the next measurement 10.
         large = [request(user, 5_000) for user in (10, 11)]
-        with pytest.raises(RequestError, match=r"20\.0 s until this is scored, and it has 12\.0 s") as caught:
-            await held.ask(*large, deadline=now + 12)
-        assert caught.value.status == 503 and caught.value.retry_after == 8
+        # Now and then one that would take too long is scored all the same; here it takes no time.
+        assert scores(await held.ask(request(1, 5_000), deadline=now + 5)) == [1]
+        alone = r"body alone takes about 10\.0 s, and it has 6\.0 s; send fewer candidates or allow more time"
+        with pytest.raises(RequestError, match=alone) as caught:
+            await held.ask(*large, deadline=now + 6)
+        assert caught.value.status == 503 and caught.value.retry_after is None
         assert held.noted.losses[-1] == "hopeless"
         assert scores(await held.ask(*large, deadline=now + 30)) == [10, 11]
         # An old measurement says nothing, and where the model has no work it soon is old.
@@ -201,6 +204,16 @@ def test_a_call_that_took_long_by_accident_is_soon_forgotten() -> None:
         now += 0.2
         pace.note(1_000_000, 0.01, now)
     assert 0.01 < pace.seconds(1_000_000, now, busy=True) < 0.05
+
+
+def test_small_calls_alone_tell_about_how_long_a_large_body_takes() -> None:
+    """Of a model whose calls take 2.2 ms each, and 0.8 ns a pair."""
+    pace, pair, fixed = Pace(), 0.8e-9, 2.2e-3
+    small, large, parts = 10 * 2_700, 64 * 5_000 * 2_700, 54
+    for call in range(50):
+        pace.note(work_of(1, 1, small), fixed + small * pair, call * 0.01)
+    expected = parts * fixed + large * pair
+    assert 0.7 * expected < pace.seconds(work_of(parts, 64, large), 0.5) < 1.4 * expected
 
 
 def test_a_failing_part_fails_its_own_body_alone() -> None:

@@ -242,6 +242,40 @@ def refusal(content: bytes, needs: Needs, **limits: int) -> tuple[int, str]:
     return caught.value.status, str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["request_time", "histroy_x", "request_tiemstamp", "something"])
+def test_misspelled_columns_are_refused(fine: Body, needs: Needs, name: str) -> None:
+    table = arrow(fine).append_column(name, pa.array([1]))
+    status, problem = refusal(stream(table), needs)
+    assert status == 422 and problem.startswith(f"column {name}: no such column is known; ")
+    near = {"histroy_x": "", "something": ""}.get(name, "did you mean request_timestamp?")
+    assert near in problem
+
+
+def test_columns_of_a_log_and_features_of_other_versions_pass(fine: Body, needs: Needs) -> None:
+    names = ("request_id", "request_history_end", "request_num_candidates", "num_behaviors", "weight")
+    table = arrow(fine)
+    for name in (*names, "label_click", "weight_click", "candidate_other", "cluster_size"):
+        table = table.append_column(name, pa.array([[1]]))
+    table = table.replace_schema_metadata({"pandas": "{}"})
+    assert len(read_arrow(stream(table), {}, needs, Limits())[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("explain", "true", "explain is for bodies in JSON alone"),
+        ("explor", "ucb", "did you mean explore?"),
+        ("ids", "rwa", "ids: 'rwa'; dense and raw are known"),
+    ],
+)
+def test_unknown_keys_of_the_metadata_are_refused(
+    fine: Body, needs: Needs, key: str, value: str, problem: str
+) -> None:
+    table = arrow(fine).replace_schema_metadata({key: value})
+    status, said = refusal(stream(table), needs)
+    assert status == 422 and said.startswith("the schema's metadata") and said.endswith(problem)
+
+
 def views(sizes: list[int]) -> pa.Array:
     """Lists that all begin with the first of 100 ids."""
     starts = pa.array([0] * len(sizes), pa.int32())
