@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.export_portable import PortableOptions, export_portable
-from pipelines.export_version import ExportOptions
-from tests.helpers.launching import ROOT
+from tests.helpers.launching import ROOT, tandemrec
 from tests.helpers.models import small_log
 from tests.helpers.snapshots import exported, save_run
 from trainer.portable.folder import read, read_recorded
@@ -23,8 +21,11 @@ from trainer.portable.folder import read, read_recorded
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
 def test_the_program_gives_the_scores(tmp_path: Path) -> None:
     version = exported(save_run(tmp_path / "run", small_log(tmp_path / "log"), "dare"), tmp_path / "snap")
-    options = PortableOptions("pt2", requests=None)
-    model = export_portable(None, version, tmp_path / "model", options, ExportOptions())
+    model = tmp_path / "model"
+    # In a process of its own: the compiler's warnings are not ours to judge.
+    given = ["--snapshot", str(version), "--out", str(model), "--parity-requests", "0"]
+    exporting = tandemrec("export", "--format", "pt2", *given, timeout=800)
+    assert exporting.returncode == 0, exporting.stderr
     program, library = tmp_path / "score", Path(torch.__file__).parent
     include = [f"-I{library / path}" for path in ("include", "include/torch/csrc/api/include")]
     link = [f"-L{library / 'lib'}", f"-Wl,-rpath,{library / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]

@@ -114,7 +114,8 @@ class HashCollision(TargetPooling):
     def buckets(self, vector_ND: Tensor) -> Tensor:
         """-> int64 [N, hashes]: each signature's place among those of all hashes."""
         signature_NM = self.signatures(vector_ND)
-        return signature_NM + torch.arange(self.hashes, device=signature_NM.device) * (1 << self.bits)
+        buckets = 1 << self.bits
+        return signature_NM + torch.arange(0, self.hashes * buckets, buckets, device=signature_NM.device)
 
     def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
         return {"bucket": self._narrow_buckets(key_ND)}
