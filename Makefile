@@ -48,7 +48,7 @@ help: ## this list
 	@echo "  TORCH_INDEX=URL  package index for torch, such as PyTorch's CPU-only one (a far smaller download)"
 	@echo "  OUT=runs/demo    where 'make train' writes"
 	@echo "  NPROC=2          ranks it trains on; with DEVICE=cuda one a GPU, at most 2"
-	@echo "  SMOKE=1          'make train' and 'make online' in small, into runs/smoke"
+	@echo "  SMOKE=1          'make train', 'make serve' and 'make online' in small, in runs/smoke"
 	@echo "  TEST_WORKERS=3   processes of 'make test'"
 	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too"
 	@echo "  STEPS=right      only some steps of 'make gpu-check'; BUDGET=600 is the seconds that it may take"
@@ -114,7 +114,8 @@ train: install ## the demo: fetch, ingest, train on NPROC ranks, evaluate, expor
 	@echo
 	@echo "done. metrics: $(OUT)/run/summary.json   curve: $(OUT)/run/metrics.jsonl"
 	@echo "      snapshot: $(OUT)/snapshot          scores: $(OUT)/scores.parquet"
-	@echo "next: $(VENV)/bin/tensorboard --logdir $(OUT)/run"
+	@echo "next: make serve$(if $(SMOKE), SMOKE=1)    # score over HTTP, with a page"
+	@echo "      $(VENV)/bin/tensorboard --logdir $(OUT)/run"
 	@echo "      $(VENV)/bin/tandemrec analyze $(OUT)/run --out $(OUT)/report    # what the tables learned, as a page"
 	@echo "      $(VENV)/bin/tandemrec plan --config configs/dare.toml --set data.log=$(LOG) --world-size 8 --hbm 80GB"
 

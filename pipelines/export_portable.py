@@ -177,7 +177,8 @@ def _write(part: Path, portable: Portable, options: PortableOptions) -> list[str
         versions=versions(),
     )
     (part / SIGNATURE).write_text(portable.signature.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (part / README).write_text(page(manifest, portable.signature), encoding="utf-8")
+    repository = options.triton.name if options.triton is not None else ""
+    (part / README).write_text(page(manifest, portable.signature, repository), encoding="utf-8")
     seal(part, manifest)
     said = [*recorded.lines("recorded requests"), *lines]
     return [*said, *([f"no dense part: {without}"] if without else [])]

@@ -66,7 +66,8 @@ def write_vectors(
         found = _seal(job, part, index)
     counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in found.counts.items())
     size = sum(entry.bytes for entry in found.files.values()) / 1e6
-    print(f"{found.rows:,} vectors of {found.width} numbers ({counts}), {size:,.1f} MB, of", end=" ")
+    print(f"{found.rows:,} vectors of {found.width} numbers ({counts}), {size:,.1f} MB, ", end="")
+    print(f"space {found.space}, of", end=" ")
     print(f"{shown(snapshot, loaded.path)} -> {out}", *job.remarks, sep="\n")
     return found
 

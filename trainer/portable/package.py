@@ -21,4 +21,5 @@ def write_package(folder: Path, portable: Portable, inside: int) -> None:
     """
     if shutil.which("g++") is None:
         raise SnapshotError(folder, "--format pt2 compiles C++ and finds no g++; install it, or take onnx")
+    print("compiling the model, which takes a minute or more of a processor", flush=True)
     compile_package(traced(portable.scorer, portable.signature), str(folder / MODEL))

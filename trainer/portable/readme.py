@@ -34,8 +34,12 @@ _RUN = {
 }
 
 
-def page(manifest: PortableManifest, signature: Signature) -> str:
-    """The page, in Markdown."""
+def page(manifest: PortableManifest, signature: Signature, triton: str = "") -> str:
+    """The page, in Markdown.
+
+    Args:
+        triton: name of the folder of the Triton repository that is written with it; empty: there is none.
+    """
     how, code = _RUN[manifest.form]
     outside = [f"* {line}" for line in signature.outside]
     dense = (
@@ -57,6 +61,7 @@ def page(manifest: PortableManifest, signature: Signature) -> str:
             code,
             "",
             dense,
+            *(["", f"A model repository for Triton was asked for with it: `{triton}`."] if triton else []),
             "",
             "## Inputs and outputs",
             "",
@@ -85,6 +90,6 @@ def _row(each: PortTensor) -> str:
         for axis in each.axes
     )
     ends = ["" if end is None else f"{end:,}" for end in (each.least, each.most)]
-    values = f"{ends[0]} to {ends[1]}" if any(ends) else "any"
-    cells = (f"`{each.name}`", each.dtype, axes, values.strip(), each.padding or "none", each.meaning)
+    values = f"{ends[0]} to {ends[1]}" if all(ends) else f"{ends[0]} or more" if ends[0] else "any"
+    cells = (f"`{each.name}`", each.dtype, axes, values, each.padding or "none", each.meaning)
     return f"| {' | '.join(cells)} |"

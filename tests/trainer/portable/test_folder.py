@@ -57,7 +57,8 @@ def test_onnx_runtime_alone_gives_the_scores(model: Path, version: Path) -> None
     # The tables are the snapshot's own files.
     for file in (model / "tables").iterdir():
         assert file.samefile(version / "tables" / file.name)
-    assert "session.run(None, recorded)" in (model / "README.md").read_text()
+    page = (model / "README.md").read_text()
+    assert "session.run(None, recorded)" in page and "| 0 or more | none | candidates of each" in page
 
 
 def test_the_dense_part_is_run_by_its_names(model: Path) -> None:

@@ -47,3 +47,8 @@ def test_the_program_gives_the_scores(tmp_path: Path) -> None:
     scores = np.array([line.split() for line in done.stdout.splitlines()], dtype=np.float32)
     _, expected = read_recorded(model, read(model)[1])
     assert np.abs(scores - expected[:, :, 0]).max() <= 1e-6
+    printed = tmp_path / "scores.txt"
+    printed.write_text(done.stdout)
+    compare = [sys.executable, str(source / "compare.py"), str(model), str(printed)]
+    said = subprocess.run(compare, capture_output=True, check=True, text=True, timeout=60).stdout.split()
+    assert said[:2] == ["largest", "difference"] and float(said[2].rstrip(",")) <= 1e-6
