@@ -50,7 +50,6 @@ class Server(uvicorn.Server):
         """Not ready from now on; a second signal ends the time in which connections are still accepted."""
         again = self._ends_at is not None
         if not again:
-            self._captured_signals.append(sig)
             self._service.core.begin_drain()
         self._ends_at = time.monotonic() + (0.0 if again else self._drain.delay_seconds)
 

@@ -34,6 +34,8 @@ SOURCES = {
     path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8"))
     for package in ("launch", "pipelines", "trainer", "embeddings")
     for path in sorted((ROOT / package).rglob("*.py"))
+    # What protoc has generated uses its own library as it likes.
+    if not path.name.endswith("_pb2.py")
 }
 HERE = Path("embeddings/private.py")
 FOREIGN = {"torch", "torchrec", "fbgemm_gpu"}
