@@ -13,9 +13,9 @@ class UserStateSettings(Settings):
 
     bytes: ByteSize = ByteSize(256 << 20)
     """Memory for the states of users that were scored last. 0: none is kept."""
-    representation: bool = True
+    representation: bool = False
     """Keep the rows of the representation too. A request that finds its user's state then looks no behavior
-    up in a table; a state takes several times as much memory."""
+    up in a table; a state takes several times as much memory, and making it costs half of a request more."""
     least: int = Field(256, ge=1)
     """Behaviors. Users of fewer have no state: making everything again costs less than keeping it."""
     store: AnyStore | None = None
