@@ -15,7 +15,7 @@ from pipelines.serve.http_body import HeldAnswer, read_body
 from pipelines.serve.load import Hold
 from pipelines.serve.service import Service
 from trainer.serving import arrow_body
-from trainer.serving.call import Call
+from trainer.serving.call import JSON, Call, media_type_of
 from trainer.serving.json_body import ScoreBody
 from trainer.serving.request import RequestError
 
@@ -70,7 +70,7 @@ def add_score(app: FastAPI, service: Service) -> None:
 async def _answer(request: Request, service: Service, hold: Hold) -> Response:
     """The answer. Its bytes count as held until the client has taken them."""
     deadline = deadline_of(request)
-    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    content_type = media_type_of(request.headers.get("content-type", JSON))
     given = await read_body(request, service.limits, hold, service.load.seconds)
     as_arrow = arrow_body.MEDIA_TYPE in request.headers.get("accept", "")
     size, scoring = len(given), service.core.score(Call(given, content_type, as_arrow, deadline, hold.resize))

@@ -59,7 +59,7 @@ def serve(
         # lists.
         gc.collect()
         gc.freeze()
-        # uvicorn raises the signal that stopped it once more when it is done: here that is no error.
+        # uvicorn puts these back when it is done: a signal that comes while the rest is closed is no error.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         Server(config, service).run()

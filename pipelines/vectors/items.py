@@ -108,14 +108,11 @@ class ItemCatalogue:
         import duckdb
 
         self._wanted, self.counts = wanted, dict[str, int]()
-        self._duck: Any = duckdb.connect(str(folder / "items.duckdb"))
-        for setting, value in (
-            ("memory_limit", f"'{_MEMORY}'"),
-            ("threads", str(cores())),
-            ("temp_directory", f"'{folder / 'spill'}'"),
-            ("preserve_insertion_order", "false"),
-        ):
-            self._duck.execute(f"SET {setting} = {value}")
+        config: dict[str, Any] = {
+            "memory_limit": _MEMORY, "threads": cores(), "temp_directory": str(folder / "spill"),
+            "preserve_insertion_order": False,
+        }  # fmt: skip
+        self._duck: Any = duckdb.connect(str(folder / "items.duckdb"), config=config)
         columns = [f"{self._wanted.stored(n)} {'BIGINT[]' if i.multi else 'BIGINT'}" for n, i in self._infos]
         self._duck.execute(
             f"CREATE TABLE variants ({_ITEM} BIGINT, {', '.join(columns)}, {_CANDIDATE} BOOLEAN, "

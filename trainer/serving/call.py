@@ -8,6 +8,11 @@ from dataclasses import dataclass
 JSON = "application/json"
 
 
+def media_type_of(said: str) -> str:
+    """A content type as `Call` has it."""
+    return said.partition(";")[0].strip().lower()
+
+
 @dataclass(frozen=True)
 class Call:
     """A body to be scored.

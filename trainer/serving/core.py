@@ -193,8 +193,7 @@ class ScoringCore:
             content = await self._encoded(answers, body, as_arrow)
             if hold is not None:
                 hold(len(content))
-        unknown = sum(sum(answer.unknown.values()) for answer in answers)
-        self.observe.answered(self.clock() - arrived, unknown)
+        self._note_answered(arrived, answers)
         return Reply(content, arrow_body.MEDIA_TYPE if as_arrow else JSON, body.scorer.version)
 
     async def answers(
@@ -211,9 +210,12 @@ class ScoringCore:
         arrived = self.clock()
         async with self._in_time(self._deadline(deadline, arrived)) as until:
             answers = await self._answers(body, until, hold)
+        self._note_answered(arrived, answers)
+        return answers
+
+    def _note_answered(self, arrived: float, answers: Sequence[Answer]) -> None:
         unknown = sum(sum(answer.unknown.values()) for answer in answers)
         self.observe.answered(self.clock() - arrived, unknown)
-        return answers
 
     async def _decoded(self, call: Call) -> Body:
         scorer, histories, settings = self.versions.scorer, self.versions.histories, self.settings

@@ -16,7 +16,8 @@ _COLUMNS = (
     *(f"request_{name}" for name in REQUEST_COLUMNS),
 )
 _PREFIXES = ("history_", "candidate_", "context_", "numeric_", "label_", "weight_")
-_KEYS = ("ids", *ExplorationFields.model_fields)
+# Of the metadata of an Arrow body, and parameters of a call with tensors.
+KEYS = ("ids", *ExplorationFields.model_fields)
 # Names are compared up to this many characters.
 _LONGEST = 80
 
@@ -53,6 +54,6 @@ def check_keys(given: Iterable[str], where: str) -> None:
     for key in given:
         if key == "explain":
             raise RequestError(422, f"{where}: explain is for bodies in JSON alone")
-        near = get_close_matches(key[:_LONGEST].lower(), _KEYS, 1, 0.75)
-        if near and key not in _KEYS:
+        near = get_close_matches(key[:_LONGEST].lower(), KEYS, 1, 0.75)
+        if near and key not in KEYS:
             raise RequestError(422, f"{where}: {key[:_LONGEST]} is not known; did you mean {near[0]}?")

@@ -11,15 +11,13 @@ from pipelines.serve.oip.tensors import Output, check_tensors
 from pipelines.serve.service import Service
 from trainer.log.encoders.encoder import Encoder
 from trainer.serving import arrow_body
-from trainer.serving.call import JSON, Call
-from trainer.serving.known_names import check_keys
+from trainer.serving.call import JSON, Call, media_type_of
+from trainer.serving.known_names import KEYS, check_keys
 from trainer.serving.request import Needs, Part, RequestError
 from trainer.serving.tensor_body import LENGTHS, decode_tensors, tensors_of
 
 BODY = "body"
 PLATFORM = "tandemrec"
-# Parameters of a call, as in the metadata of an Arrow body; others are for other servers.
-_ASKED = ("ids", "uncertainty", "explore", "explore_factor", "explore_seed")
 Parameter = bool | int | float | str
 
 
@@ -111,7 +109,7 @@ class OpenInference:
     async def _tensors(self, call: Inference) -> tuple[str, list[Output]]:
         service = self.service
         scorer, core = service.versions.scorer, service.core
-        asked = {name: _spelled(call.parameters[name]) for name in _ASKED if name in call.parameters}
+        asked = {name: _spelled(call.parameters[name]) for name in KEYS if name in call.parameters}
         given = call.tensors, asked, scorer, service.versions.histories, service.limits
         body = await core.in_thread(decode_tensors, *given)
         (answer,) = await core.answers(body, call.deadline, call.hold)
@@ -127,7 +125,7 @@ class OpenInference:
         if len(call.tensors) != 1 or len(bodies) != 1 or not pa.types.is_large_binary(bodies.type):
             problem = "must be one value of data type BYTES, and the only tensor"
             raise RequestError(422, f"tensor {BODY}: {problem}")
-        content_type = _spelled(call.parameters.get("content_type", JSON)).partition(";")[0].strip().lower()
+        content_type = media_type_of(_spelled(call.parameters.get("content_type", JSON)))
         as_arrow = arrow_body.MEDIA_TYPE in _spelled(call.parameters.get("accept", ""))
         content = memoryview(bodies[0].as_buffer())
         if len(content) > self.service.limits.body:
