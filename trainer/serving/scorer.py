@@ -30,12 +30,12 @@ from trainer.log.bags import Bags, Ints
 from trainer.log.known_values import KnownValues
 from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch, Reading
+from trainer.model.ops.threads import torch_alone
 from trainer.model.windows import Selection
 from trainer.sealed_folder import MANIFEST
 from trainer.serving.checks import visible_behaviors
 from trainer.serving.exploration import Exploration, Sureness, sureness
 from trainer.serving.request import Needs, Request
-from trainer.serving.threads import torch_alone
 from trainer.serving.user_state.maker import StateMaker
 from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.user_state.settings import UserStateSettings
