@@ -20,9 +20,8 @@
 #define GROUPS 4
 /* The least float but -inf, as `order_of` would say. */
 #define LEAST ((int32_t)0x80800000)
-/* Steps of a search for a bound, which may be a little low, and for the K-th best. */
-#define NEAR 18
-#define EXACT 32
+/* A bound may be reached by so small a part of K more than K. */
+#define SLOP 8
 
 /* What is asked.
  *
@@ -39,7 +38,8 @@ struct question {
  *
  * column: [rows, k], ascending; count: [rows], how many of them count; or, where it is less than 0, how many
  * scores of the row, those of `value` and `place`, are to be told apart by whoever knows them exactly.
- * value, place: [rows, padded columns], and `room` for what is done on the way: see `tandemrec_room`.
+ * value, place: [rows, padded columns], place with two more; `room` for what is done on the way: see
+ * `tandemrec_room`.
  */
 struct answer {
     int64_t *column, *count;
@@ -134,8 +134,9 @@ int64_t tandemrec_padded(int64_t columns)
 /* Floats of `room`, for so many rows at most. */
 int64_t tandemrec_room(int64_t columns, int64_t width, int64_t rows, int64_t k)
 {
-    int64_t chunk = panels_of_chunk(columns, width, k) * PANEL;
-    return 8 * width + 8 * chunk + panels_of_groups(columns, k) * PANEL + tandemrec_padded(columns) + 64 + rows;
+    int64_t chunk = panels_of_chunk(columns, width, k), most = 8;
+    int64_t of_rows = most * (2 * chunk + width + chunk * PANEL);
+    return of_rows + panels_of_groups(columns, k) * PANEL + rows + most + tandemrec_padded(columns) + PANEL;
 }
 
 /* Rows of keys, `stride` floats apart, as panels: [panels, 1 + width, PANEL], first what is added to all scores

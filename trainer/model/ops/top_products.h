@@ -10,10 +10,15 @@ typedef int32_t NAME(ints) __attribute__((vector_size(LANES * 4), aligned(4), ma
 #define FLOATS(at) (*(const NAME(floats) *)(at))
 #define INTS(at) (*(const NAME(ints) *)(at))
 
-/* Scores of ROWS queries, [width, ROWS], and the columns of a panel. */
+/* Scores of ROWS queries, [width, ROWS], and the columns of a panel, and where there are bounds, one of each
+ * row, a bit for each column that reaches it. */
 TARGET static inline __attribute__((always_inline)) void NAME(multiply)(
-    const float *panel, const float *queries, int64_t width, float *score, int64_t stride)
+    const float *panel, const float *queries, int64_t width, float *score, int64_t stride, const float *bounds,
+    uint64_t *reach, int64_t reach_stride)
 {
+    if (bounds)
+        for (int r = 0; r < ROWS; r++)
+            reach[r * reach_stride] = 0;
     for (int part = 0; part < PANEL; part += LANES * VECTORS) {
         NAME(floats) sum[ROWS][VECTORS], keys[VECTORS];
         for (int r = 0; r < ROWS; r++)
@@ -29,15 +34,20 @@ TARGET static inline __attribute__((always_inline)) void NAME(multiply)(
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < VECTORS; v++)
                 *(NAME(floats) *)(score + r * stride + part + v * LANES) = sum[r][v];
+        if (bounds)
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < VECTORS; v++)
+                    reach[r * reach_stride] |= (uint64_t)MASK(sum[r][v] >= bounds[r]) << (part + v * LANES);
     }
 }
 
-/* The largest number that k of the scores reach, to so many of its bits; the least one where there are fewer.
+/* A number that at least k of the scores reach, and at most k + `more`, unless equal ones stand in the way; the
+ * least number where fewer are above it.
  *
  * Scores are followed by LANES that may be written to; `room` is for as many. */
-TARGET static float NAME(kth)(float *score, int64_t count, int64_t k, int32_t *room, int bits)
+TARGET static float NAME(kth)(float *score, int64_t count, int64_t k, int64_t more, int32_t *room)
 {
-    NAME(ints) most = (NAME(ints)){0} + LEAST;
+    NAME(ints) most = (NAME(ints)){0} + LEAST, fewest = (NAME(ints)){0} + INT32_MAX;
     int64_t padded = (count + LANES - 1) / LANES * LANES;
     for (int64_t i = count; i < padded; i++)
         score[i] = -INFINITY;
@@ -45,21 +55,28 @@ TARGET static float NAME(kth)(float *score, int64_t count, int64_t k, int32_t *r
         NAME(ints) order = INTS(score + i);
         order ^= (order >> 31) & 0x7fffffff;
         *(NAME(ints) *)(room + i) = order;
-        NAME(ints) more = order > most;
-        most = (order & more) | (most & ~more);
+        NAME(ints) above = order > most, below = order < fewest;
+        most = (order & above) | (most & ~above);
+        fewest = (order & below) | (fewest & ~below);
     }
-    int64_t low = LEAST, high = LEAST;
-    for (int lane = 0; lane < LANES; lane++)
+    int64_t low = count < k ? LEAST : INT32_MAX, high = LEAST;
+    for (int lane = 0; lane < LANES; lane++) {
         high = most[lane] > high ? most[lane] : high;
-    /* k scores reach `low`, unless that is the least; fewer reach more than `high`. */
-    for (; low < high && bits; bits--) {
+        low = fewest[lane] < low ? fewest[lane] : low;
+    }
+    low = low < LEAST ? LEAST : low;
+    /* At least k scores reach `low`, unless it is the least; fewer reach more than `high`. */
+    while (low < high) {
         int64_t middle = low + (high - low + 1) / 2, reach = 0;
         for (int64_t i = 0; i < padded; i += LANES)
             reach += __builtin_popcount(MASK(INTS(room + i) >= (int32_t)middle));
-        if (reach >= k)
-            low = middle;
-        else
+        if (reach < k) {
             high = middle - 1;
+            continue;
+        }
+        low = middle;
+        if (reach <= k + more)
+            break;
     }
     return of_order((int32_t)low);
 }
@@ -74,28 +91,46 @@ TARGET static float NAME(bound)(const float *score, int64_t panels, int64_t grou
             NAME(ints) more = (NAME(floats))here > (NAME(floats))there;
             *(NAME(ints) *)(best + group * PANEL + x) = (here & more) | (there & ~more);
         }
-    return NAME(kth)(best, groups * PANEL, k, room, NEAR);
+    return NAME(kth)(best, groups * PANEL, k, k / SLOP, room);
 }
 
-/* Puts the scores of some panels that reach the bound behind those that are there; -> how many there are.
- *
- * Without a branch a vector: first which columns reach it, then each of these. `room`: 8 bytes a panel. */
-TARGET static int64_t NAME(reaching)(
-    const float *score, int64_t first, int64_t panels, float bound, float *value, int32_t *place, int64_t count,
-    uint64_t *room)
+/* A bit for each column of some panels that reaches the bound. */
+TARGET static void NAME(compare)(const float *score, int64_t panels, float bound, uint64_t *reach)
 {
     for (int64_t p = 0; p < panels; p++) {
-        uint64_t reach = 0;
+        uint64_t bits = 0;
         for (int x = 0; x < PANEL; x += LANES)
-            reach |= (uint64_t)MASK(FLOATS(score + p * PANEL + x) >= bound) << x;
-        room[p] = reach;
+            bits |= (uint64_t)MASK(FLOATS(score + p * PANEL + x) >= bound) << x;
+        reach[p] = bits;
     }
-    for (int64_t p = 0; p < panels; p++)
-        for (uint64_t left = room[p]; left; left &= left - 1) {
-            int64_t column = p * PANEL + __builtin_ctzll(left);
-            value[count] = score[column];
-            place[count++] = (int32_t)(first + column);
+}
+
+/* Puts the scores of some panels whose bits are set behind those that are there; -> how many there are.
+ *
+ * `first`: column of the first panel. */
+TARGET static int64_t NAME(collect)(
+    const float *score, int64_t first, int64_t panels, const uint64_t *reach, float *value, int32_t *place,
+    int64_t count)
+{
+    int64_t before = count;
+    for (int64_t p = 0; p < panels; p++) {
+        /* Two are written whether they are there or not: what comes next is written over what is not. */
+        uint64_t left = reach[p] | (uint64_t)1 << 63;
+        int64_t more = __builtin_popcountll(left) - 1;
+        place[count] = (int32_t)(p * PANEL + __builtin_ctzll(left));
+        left &= left - 1;
+        place[count + 1] = (int32_t)(p * PANEL + __builtin_ctzll(left | (uint64_t)1 << 63));
+        if (__builtin_expect(more > 2, 0)) {
+            left &= left - 1;
+            for (int64_t i = 2; i < more; i++, left &= left - 1)
+                place[count + i] = (int32_t)(p * PANEL + __builtin_ctzll(left));
         }
+        count += more;
+    }
+    for (int64_t i = before; i < count; i++) {
+        value[i] = score[place[i]];
+        place[i] += (int32_t)first;
+    }
     return count;
 }
 
@@ -104,26 +139,47 @@ TARGET static int64_t NAME(choose)(
     const struct question *asked, float *value, const int32_t *place, int64_t count, float slack, int64_t *column,
     int32_t *room)
 {
-    float kth = NAME(kth)(value, count, asked->k, room, EXACT), after = -INFINITY;
+    float reached = NAME(kth)(value, count, asked->k, 0, room), kth = INFINITY, after = -INFINITY;
+    NAME(floats) upper = (NAME(floats)){0} + INFINITY, lower = (NAME(floats)){0} - INFINITY;
     int64_t reach = 0, chosen = 0;
-    for (int64_t i = 0; i < count; i++) {
-        float lower = value[i] < kth ? value[i] : -INFINITY;
-        after = lower > after ? lower : after;
-        reach += value[i] >= kth;
+    /* What follows the scores is -INFINITY now. */
+    for (int64_t i = 0; i < count; i += LANES) {
+        NAME(floats) here = FLOATS(value + i);
+        NAME(ints) above = here >= reached, up = above & (here < upper), down = ~above & (here > lower);
+        upper = (NAME(floats))(((NAME(ints))here & up) | ((NAME(ints))upper & ~up));
+        lower = (NAME(floats))(((NAME(ints))here & down) | ((NAME(ints))lower & ~down));
+        reach += __builtin_popcount(MASK(above));
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+        kth = upper[lane] < kth ? upper[lane] : kth;
+        after = lower[lane] > after ? lower[lane] : after;
     }
     after = reach > asked->k ? kth : after;
     if (count > asked->k && after >= kth - slack)
         return -count;
-    if (asked->last) {
-        for (int64_t i = count - 1; i >= 0; i--)
-            if (value[i] >= kth)
-                column[chosen++] = asked->columns - 1 - place[i];
-    } else {
-        for (int64_t i = 0; i < count; i++)
-            if (value[i] >= kth)
-                column[chosen++] = place[i];
+    /* Without a branch a score, of which nobody could foresee where it goes. */
+    int64_t end = asked->last ? asked->columns - 1 : 0, sign = asked->last ? -1 : 1;
+    for (int64_t n = 0; n < count; n++) {
+        int64_t i = asked->last ? count - 1 - n : n;
+        room[chosen] = (int32_t)(end + sign * place[i]);
+        chosen += value[i] >= reached;
     }
+    for (int64_t i = 0; i < chosen; i++)
+        column[i] = room[i];
     return chosen;
+}
+
+/* Multiplies ROWS queries with the keys of some panels; `bounds`, `reach`: see `multiply`. */
+TARGET static void NAME(multiply_panels)(
+    const struct question *asked, const float *queries, int64_t first, int64_t panels, float *score, int64_t stride,
+    const float *bounds, uint64_t *reach)
+{
+    const float *keys = asked->keys + first * (1 + asked->width) * PANEL;
+    for (int64_t p = 0; p < panels; p++, keys += (1 + asked->width) * PANEL, score += PANEL)
+        if (bounds)
+            NAME(multiply)(keys, queries, asked->width, score, stride, bounds, reach + p, panels);
+        else
+            NAME(multiply)(keys, queries, asked->width, score, stride, NULL, NULL, 0);
 }
 
 TARGET static void NAME(top)(const struct question *asked, const struct answer *found)
@@ -131,11 +187,12 @@ TARGET static void NAME(top)(const struct question *asked, const struct answer *
     int64_t k = asked->k, width = asked->width, panels = panels_of(asked->columns), padded = panels * PANEL;
     int64_t groups = panels_of_groups(asked->columns, k), of_chunk = panels_of_chunk(asked->columns, width, k);
     int64_t stride = of_chunk * PANEL;
-    float *queries = found->room, *score = queries + ROWS * width, *best = score + ROWS * stride;
-    float *bounds = best + groups * PANEL;
-    int32_t *room = (int32_t *)(bounds + asked->rows);
-    /* Whole numbers of 64 bits lie there, too. */
-    room += (uintptr_t)room % sizeof(uint64_t) / sizeof(int32_t);
+    uint64_t *reach = (uint64_t *)found->room;
+    float *queries = (float *)(reach + ROWS * of_chunk), *score = queries + ROWS * width;
+    float *best = score + ROWS * stride, *bounds = best + groups * PANEL;
+    int32_t *room = (int32_t *)(bounds + asked->rows + ROWS);
+    for (int64_t r = 0; r < asked->rows + ROWS; r++)
+        bounds[r] = INFINITY;
     for (int64_t first = 0; first < panels; first += of_chunk) {
         int64_t some = least(of_chunk, panels - first);
         for (int64_t begin = 0; begin < asked->rows; begin += ROWS) {
@@ -143,8 +200,9 @@ TARGET static void NAME(top)(const struct question *asked, const struct answer *
             for (int64_t d = 0; d < width; d++)
                 for (int64_t r = 0; r < ROWS; r++)
                     queries[d * ROWS + r] = r < rows ? asked->query[(begin + r) * asked->query_stride + d] : 0.0f;
-            for (int64_t p = 0; p < some; p++)
-                NAME(multiply)(asked->keys + (first + p) * (1 + width) * PANEL, queries, width, score + p * PANEL, stride);
+            /* The first chunk gives the first bounds, and what is added besides is not there yet. */
+            int compared = first && !asked->beside;
+            NAME(multiply_panels)(asked, queries, first, some, score, stride, compared ? bounds + begin : NULL, reach);
             for (int64_t r = 0; r < rows; r++) {
                 int64_t row = begin + r, count = first ? found->count[row] : 0;
                 float *own = score + r * stride, *value = found->value + row * padded;
@@ -156,11 +214,13 @@ TARGET static void NAME(top)(const struct question *asked, const struct answer *
                         own[x] += added[x];
                 }
                 if (!first)
-                    bounds[row] = NAME(bound)(own, some, groups, k, best, room) - asked->slack[row];
-                bounds[row] = fmaxf(bounds[row], of_order(LEAST));
-                count = NAME(reaching)(own, first * PANEL, some, bounds[row], value, place, count, (uint64_t *)room);
+                    bounds[row] = fmaxf(
+                        NAME(bound)(own, some, groups, k, best, room) - asked->slack[row], of_order(LEAST));
+                if (!compared)
+                    NAME(compare)(own, some, bounds[row], reach + r * some);
+                count = NAME(collect)(own, first * PANEL, some, reach + r * some, value, place, count);
                 if (first + some < panels && count > 2 * k) {
-                    bounds[row] = fmaxf(NAME(kth)(value, count, k, room, NEAR) - asked->slack[row], bounds[row]);
+                    bounds[row] = fmaxf(NAME(kth)(value, count, k, k / SLOP, room) - asked->slack[row], bounds[row]);
                     int64_t left = 0;
                     for (int64_t i = 0; i < count; i++) {
                         value[left] = value[i];

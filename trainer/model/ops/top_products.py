@@ -237,7 +237,8 @@ class _Rooms(threading.local):
     def of(self, scores: int, room: int) -> tuple[Floats, NDArray[np.int32], Floats]:
         """Room for so many scores that may be among the best and their places, and so many floats besides."""
         if self.value.size < scores:
-            self.value, self.place = np.empty(scores, np.float32), np.empty(scores, np.int32)
+            # The kernel writes two places more than there are.
+            self.value, self.place = np.empty(scores, np.float32), np.empty(scores + 2, np.int32)
         if self.room.size < room:
             self.room = np.empty(room, np.float32)
         return self.value, self.place, self.room
