@@ -63,19 +63,22 @@ def asked(serving: Serving, config: Config, rows: list[Row]) -> Iterator[tuple[t
 
 
 def compare(config: Config, rows: list[Row], chunk: int = 0) -> None:
-    """Scores of the reader's batches, of all requests in one call, and of each alone."""
+    """Scores of the reader's batches, of all requests in one call, and of each alone.
+
+    A request is scored as it came or cut to what the model reads: together both, alone in turn.
+    """
     snapshot = snapshot_of(config)
     expected = reference(snapshot)
     serving = Serving(snapshot, chunk)
-    named = list(asked(serving, config, rows))
-    together, _ = serving.score([request for _, request in named])
-    assert len(named) == len(expected) > 20
-    for (name, request), in_company in zip(named, together, strict=True):
-        alone = serving.score([request])[0][0].probabilities
-        cut = cut_history(request, serving.needs)
-        for found in (in_company.probabilities, alone, serving.score([cut])[0][0].probabilities):
-            assert found.shape == expected[name].shape
-            assert np.abs(found - expected[name]).max() <= 1e-6, name
+    named = dict(asked(serving, config, rows))
+    whole = list(named.values())
+    cut = [cut_history(request, serving.needs) for request in whole]
+    assert len(named) == len(expected) > 20 and named.keys() == expected.keys()
+    alone = [serving.score([(whole, cut)[n % 2][n]])[0][0] for n in range(len(named))]
+    for answers in (serving.score(whole)[0], serving.score(cut)[0], alone):
+        for (name, scores), found in zip(((name, expected[name]) for name in named), answers, strict=True):
+            assert found.probabilities.shape == scores.shape
+            assert np.abs(found.probabilities - scores).max() <= 1e-6, name
     assert np.std(np.concatenate(list(expected.values()))) > 1e-3
 
 
