@@ -93,10 +93,11 @@ class Branches(nn.ModuleDict):
     ) -> None:
         super().__init__(branches)
         self.history_length, self.selects, self.alone, self.pads = history_length, selects, alone, pads
+        self._named = dict(branches)
 
-    def named(self) -> dict[str, Branch]:
+    def named(self) -> Mapping[str, Branch]:
         """Name -> branch."""
-        return {name: branch for name, branch in self.items() if isinstance(branch, Branch)}
+        return self._named
 
     def forward(
         self, batch: RequestBatch, vectors: Mapping[str, Tensor], known: KnownBehaviors | None = None

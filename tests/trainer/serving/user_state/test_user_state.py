@@ -201,7 +201,7 @@ def test_a_short_history_has_no_state(long_scorers: tuple[Scorer, Scorer]) -> No
         replace(first, history=drawn(scorer, 0, count), time=1_000, user_id=count) for count in (14, 15)
     )
     assert scorer.states is not None
-    assert scorer.states.model_for([short]) is None
+    assert scorer.states.known_for([short]) is None
     alone, beside = scores(long_scorers[1], short, long), scores(scorer, short, long)
     assert max(np.abs(a - b).max() for a, b in zip(alone, beside, strict=True)) <= 1e-6
     assert outcomes(scorer) == {"miss": 1}
