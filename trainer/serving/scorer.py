@@ -41,6 +41,8 @@ from trainer.snapshot import Snapshot
 from trainer.snapshot.manifest import InputFeature
 
 MOST_EXPLAINED = 100
+# Behaviors of a call: to look all of them up costs less than to find those that were kept.
+_FEW = 512
 Explorations = Sequence[Exploration | None]
 
 
@@ -135,6 +137,7 @@ class Scorer:
             self.branches[name] = branch
             if branch.search is not None:
                 branch.search = per_window(branch.search)
+        snapshot.model.branches.few = _FEW
         # Torch's own threads share the products over whole histories of models that search nothing.
         self._searches = all(isinstance(each.search, WindowSearch) for each in self.branches.values())
 

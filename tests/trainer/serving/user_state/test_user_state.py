@@ -87,6 +87,8 @@ def test_hit_miss_and_extension_are_one_for_every_preset(name: str, log: Path) -
     for representation in (True, False):
         settings_ = UserStateSettings(least=1, representation=representation)
         scorer = Scorer(snapshot, user_states=settings_)
+        # With and without looking for the behaviors that were kept: histories are short here.
+        snapshot.model.branches.few = 512 if representation else 0
         scores(scorer, without_newest(request, 3), other)
         extended, hit = (scores(scorer, request)[0] for _ in range(2))
         found = outcomes(scorer)
