@@ -132,8 +132,6 @@ class Branch(nn.Module):
             return None
         if retrieval.whole:
             score_CHK = self.scorer.over_windows(retrieval.vectors, retrieval.windows)
-        elif retrieval.selection.score is not None:
-            score_CHK = retrieval.selection.score[:, None]
         else:
             score_CHK = self.scorer.of_kept(retrieval.vectors, retrieval.selection)
         return WEIGHTS[self.settings.weights](score_CHK, retrieval.selection.mask[:, None])

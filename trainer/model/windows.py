@@ -141,14 +141,12 @@ class Selection:
         index: int64 [C, K] ([W, K] where a sequence model works on windows), behaviors of the batch.
         mask: bool, False where a window holds fewer than K behaviors.
         marks, log_size: as in `Windows`.
-        score: float32, by the scorer of stage two, where a search that serves has them; else None.
     """
 
     index: Tensor
     mask: Tensor
     marks: Marks
     log_size: Tensor | None = None
-    score: Tensor | None = None
 
 
 def pooled_windows(value_SD: Tensor, place_WX: Tensor, windows: Windows, weight_CX: Tensor) -> Tensor:

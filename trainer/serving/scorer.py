@@ -24,6 +24,7 @@ from trainer.data.similarity.similarity import similarities_of, vectors_used
 from trainer.log.known_values import KnownValues
 from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch, Reading
+from trainer.model.ops.threads import torch_alone
 from trainer.model.windows import Selection
 from trainer.sealed_folder import MANIFEST
 from trainer.serving.any_batch import PLACE, any_batch
@@ -32,7 +33,6 @@ from trainer.serving.exploration import Exploration, Sureness, sureness
 from trainer.serving.forward import Forward
 from trainer.serving.plain_batch import PlainBatches
 from trainer.serving.request import Needs, Request
-from trainer.serving.threads import torch_alone
 from trainer.serving.user_state.maker import StateMaker
 from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.user_state.settings import UserStateSettings

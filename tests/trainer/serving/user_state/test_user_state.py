@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,11 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_log(path, {"train": taxonomy_rows()}, rich=True, more=TAXONOMY)
 
 
+@lru_cache(maxsize=8)
 def longest(scorer: Scorer, count: int = 1) -> list[Request]:
-    """Of each user the request with the most behaviors, of the users with most."""
-    named = asked(scorer, scorer.snapshot.manifest.config, taxonomy_rows())
+    """Of the users with most behaviors the request with the most."""
+    rows = sorted(taxonomy_rows(), key=lambda row: -row["num_behaviors"])[: count + 1]
+    named = asked(scorer, scorer.snapshot.manifest.config, rows)
     cut = sorted(
         (cut_history(request, scorer.needs) for _, request in named), key=lambda r: r.history.time.size
     )
