@@ -15,8 +15,8 @@ from trainer.serving.request import Limits, RequestError
 _PIECE = 256 << 10
 # A shorter one is less than what a connection takes without a wait, so there is no end to be waited for.
 _AT_ONCE = 16 << 10
-# Longer bodies get pages of their own.
-_SHORT = 64 << 10
+# Longer bodies get pages of their own. For shorter ones that takes longer than to join their parts.
+_SHORT = 1 << 20
 
 
 class _Body:

@@ -134,14 +134,19 @@ class BatchingSettings(Settings):
     inline: NonNegativeInt = BatchSettings.inline
     """Bytes of a body that is decoded at once, where the server has no histories. Longer ones wait for the
     thread that decodes them, one at a time."""
+    at_once_ms: NonNegativeFloat = 1000 * BatchSettings.at_once
+    """Milliseconds. A call of the model that takes no longer, by the calls before it, is made where clients
+    are answered: to change threads twice is a tenth of a small request. Nobody else is answered meanwhile.
+    0 = all calls are made by the model's thread."""
     threads: PositiveInt = BatchSettings.threads
     """Threads of the model's matrix products; of a model that searches, threads that share a request's
     candidates in the search."""
 
     def settings(self) -> BatchSettings:
         """As the library takes them."""
-        own = self.model_dump(exclude={"window_ms", "deadline_ms"})
-        return BatchSettings(window=self.window_ms / 1000, deadline=self.deadline_ms / 1000, **own)
+        own = self.model_dump(exclude={"window_ms", "deadline_ms", "at_once_ms"})
+        window, deadline, at_once = (ms / 1000 for ms in (self.window_ms, self.deadline_ms, self.at_once_ms))
+        return BatchSettings(window=window, deadline=deadline, at_once=at_once, **own)
 
 
 class HotRowSettings(Settings):

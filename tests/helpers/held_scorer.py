@@ -60,6 +60,7 @@ class HeldScorer:
     encoders: dict[str, Any] = field(default_factory=dict)
     branches: dict[str, Any] = field(default_factory=dict)
     vocabularies: dict[str, Any] = field(default_factory=dict)
+    states: Any = None
     snapshot: Any = field(default_factory=lambda: SimpleNamespace(id_maps={}, posteriors={}))
 
     def __post_init__(self) -> None:
@@ -135,7 +136,8 @@ async def held_core(limits: Limits | None = None, **batching: Any) -> AsyncItera
     """A running core; what waits at the end is let go."""
     scorer, noted = HeldScorer(), Noting()
     versions = SimpleNamespace(scorer=scorer, histories=None, doubt=lambda scorer: None)
-    settings = CoreSettings(limits or Limits(), BatchSettings(**batching))
+    # A call that is held must not be made by the event loop, which lets it go.
+    settings = CoreSettings(limits or Limits(), BatchSettings(**{"at_once": 0.0, **batching}))
     core = ScoringCore(versions, settings, noted)  # type: ignore[arg-type]
     running = asyncio.create_task(core.run())
     try:

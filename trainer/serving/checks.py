@@ -24,7 +24,8 @@ def check_request(request: Request, needs: Needs, limits: Limits, place: str) ->
     if not request.count:
         raise RequestError(422, f"{place}.candidates: there is none")
     check_times(history.time, needs.latest, f"{place}.history.timestamp")
-    check_times(np.array([request.time]), needs.latest, f"{place}.time")
+    if not 0 <= request.time <= needs.latest:
+        check_times(np.array([request.time]), needs.latest, f"{place}.time")
     start, end = _window(history, request.time, needs)
     _check_limit(end - start, limits.history, f"{place}.history", "behaviors", "limits.history")
 

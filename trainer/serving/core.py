@@ -16,18 +16,16 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-
 from trainer.serving import arrow_body
 from trainer.serving.body import Body, decode, encode, held_bytes
 from trainer.serving.call import JSON, Call, Reply
+from trainer.serving.caller import Begun, Caller, Ended
 from trainer.serving.cost import sizes_of, work_of
-from trainer.serving.model_calls import Outcome, Portion, score_portions
+from trainer.serving.model_calls import Outcome, Portion
 from trainer.serving.observer import Follow, ModelCall, Observer, PartTimes
-from trainer.serving.pace import Pace
 from trainer.serving.request import Limits, RequestError
 from trainer.serving.scheduler import BatchSettings, BodyPart, Scheduler, Work
-from trainer.serving.scorer import Answer, Scorer, Seconds
+from trainer.serving.scorer import Answer, Scorer
 from trainer.serving.soundness import UnsoundError
 from trainer.serving.versions import Versions
 
@@ -84,12 +82,11 @@ _Job = Work[_Waiting]
 
 @dataclass(frozen=True)
 class _Call:
-    """A model call that is under way: the bodies, their parts, and what becomes of these."""
+    """A model call that is under way, the bodies and their parts."""
 
     jobs: Sequence[_Job]
     parts: Sequence[BodyPart]
-    began: float
-    scoring: asyncio.Future[tuple[list[Outcome], Seconds]]
+    begun: Begun
 
 
 class Queue(NamedTuple):
@@ -118,7 +115,7 @@ class ScoringCore:
         self.settings, self.observe = settings or CoreSettings(), observe or Observer()
         self.clock = time.monotonic
         self._scheduler: Scheduler[_Waiting] = Scheduler(self.settings.batching)
-        self._pace, self._tried = Pace(), -math.inf
+        self._tried = -math.inf
         self._arrived = asyncio.Event()
         self._ended = self._draining = False
         # The scorer whose answers were found to be no numbers.
@@ -126,8 +123,7 @@ class ScoringCore:
         self._unsound_problem = ""
         # Bodies that are decoded, wait, are scored or encoded.
         self._taken = 0
-        threads = self.settings.batching.threads
-        self._model = ThreadPoolExecutor(1, "score", torch.set_num_threads, (threads,))
+        self._caller = Caller(self.settings.batching.threads)
         # One body at a time becomes larger, and the event loop goes on meanwhile.
         self._decoder = ThreadPoolExecutor(1, "decode")
 
@@ -156,13 +152,14 @@ class ScoringCore:
                 call = self._begin()
                 while call is not None:
                     outcomes = await self._outcomes(call)
-                    # The model goes on with the next call while the answers of this one are handed out.
-                    following = self._begin()
+                    # The model goes on with the next call while the answers of this one are handed out. The
+                    # event loop, where that scored, first sends them and reads what has come meanwhile.
+                    following = None if call.begun.scoring is None else self._begin()
                     self._hand_out(call, outcomes)
                     call = following
         finally:
             self._ended = True
-            self._model.shutdown(wait=True)
+            self._caller.close()
             self._decoder.shutdown(wait=True)
             for job in (*self._scheduler.under_way, *self._scheduler.waiting):
                 job.owner.fail(RequestError(503, "the server has ended"))
@@ -298,12 +295,12 @@ class ScoringCore:
         requests, cost = self._scheduler.before(job)
         calls = max(math.ceil(requests / self.settings.batching.requests), len(job.parts))
         busy = bool(self._scheduler.waiting or self._scheduler.under_way)
-        seconds = self._pace.seconds(work_of(calls, requests, cost), now, busy)
+        seconds = self._caller.pace.seconds(work_of(calls, requests, cost), now, busy)
         if not seconds or now + seconds <= job.deadline:
             return
         left = max(job.deadline - now, 0.0)
         own = work_of(len(job.parts), job.requests(len(job.parts)), job.cost(len(job.parts)))
-        alone = self._pace.seconds(own, now, busy)
+        alone = self._caller.pace.seconds(own, now, busy)
         if alone > left:
             if not busy and now - self._tried >= _SECONDS_OF_TRIAL:
                 self._tried = now
@@ -338,22 +335,15 @@ class ScoringCore:
         jobs = self._scheduler.begin()
         parts = [job.part for job in jobs]
         portions = [self._portion(job.owner.body, job.part) for job in jobs]
-        scoring = asyncio.get_running_loop().run_in_executor(self._model, score_portions, portions)
-        return _Call(jobs, parts, now, scoring)
+        work = work_of(1, sum(part.size.requests for part in parts), sum(part.size.cost for part in parts))
+        return _Call(jobs, parts, self._caller.begin(portions, work, self.settings.batching.at_once, now))
 
     async def _outcomes(self, call: _Call) -> list[Outcome]:
         """Of each body of the call: answers to its part, or what went wrong with it."""
         try:
-            outcomes, seconds = await call.scoring
-            ended, taken = self.clock(), [part.size for part in call.parts]
-            requests, cost = sum(size.requests for size in taken), sum(size.cost for size in taken)
-            self._pace.note(work_of(1, requests, cost), ended - call.began, ended)
-            candidates = sum(size.candidates for size in taken)
-            waited = [call.began - job.queued for job in call.jobs if not job.done]
-            self.observe.called(ModelCall(len(call.jobs), requests, candidates, waited, seconds))
-            for job in call.jobs:
-                if job.owner.follow is not None:
-                    job.owner.follow(PartTimes(None if job.done else call.began - job.queued, seconds))
+            ended = await self._caller.ended(call.begun, self.clock)
+            outcomes = ended.outcomes
+            self._note_called(call, ended)
         except Exception as error:
             outcomes = [error] * len(call.jobs)
         for job, outcome in zip(call.jobs, outcomes, strict=True):
@@ -362,6 +352,16 @@ class ScoringCore:
                 self._scheduler.remove(job)
         self._scheduler.end()
         return outcomes
+
+    def _note_called(self, call: _Call, ended: Ended) -> None:
+        began, seconds = ended.began, ended.seconds
+        taken = [part.size for part in call.parts]
+        requests, candidates = sum(size.requests for size in taken), sum(size.candidates for size in taken)
+        waited = [began - job.queued for job in call.jobs if not job.done]
+        self.observe.called(ModelCall(len(call.jobs), requests, candidates, waited, seconds))
+        for job in call.jobs:
+            if job.owner.follow is not None:
+                job.owner.follow(PartTimes(None if job.done else began - job.queued, seconds))
 
     def _hand_out(self, call: _Call, outcomes: Sequence[Outcome]) -> None:
         """Give each body what the call says, and those their answers that have all."""

@@ -65,6 +65,8 @@ def raw_ids(given: pa.Array, hashes: bool, place: str) -> Ints:
 
 def with_unknown(request: Request, needs: Needs, id_maps: Mapping[str, LayeredIds]) -> Request:
     """The request, with those ids counted that have no row of their own, by place."""
+    if not id_maps:
+        return request
     unknown = dict(request.unknown)
     sides = (request.candidates, request.history.features, request.context)
     parts = (needs.candidates, needs.history, needs.context)

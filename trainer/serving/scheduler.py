@@ -28,6 +28,8 @@ class BatchSettings:
         threads: of the model.
         deadline: seconds that a body has whose client names no deadline; 0 = all the time.
         inline: bytes of a body that is decoded at once and not by the thread that decodes larger ones.
+        at_once: seconds of a model call that is done by the event loop and not by the model's thread, where
+            the calls before say that it takes no longer; 0 = none is.
     """
 
     window: float = 0.0
@@ -39,6 +41,7 @@ class BatchSettings:
     threads: int = 1
     deadline: float = 30.0
     inline: int = 32 << 10
+    at_once: float = 0.004
 
 
 class Size(NamedTuple):

@@ -180,6 +180,7 @@ def test_numbers_for_prometheus(snapshot: Snapshot, monkeypatch: Patch, body: Bo
                 *("queue_bodies", "queue_parts", "queue_cost", "connections", "ready", "mapped_bytes"),
                 *("latest_failing", "snapshot_served_seconds", "open_files", "in_flight_bytes"),
                 *('looks_total{outcome="broken"}', 'resident_bytes{kind="private"}', "disconnects_total"),
+                *('heap_bytes{kind="used"}', 'heap_bytes{kind="free"}'),
             ):
                 assert f"\ntandemrec_{name} " in text, name
             assert await client.metric('tandemrec_resident_bytes{kind="private"}') > 1e7

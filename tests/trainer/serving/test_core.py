@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,8 @@ from trainer.serving.cost import PAIRS_OF_CANDIDATE, work_of
 from trainer.serving.observer import Observer
 from trainer.serving.pace import Pace
 from trainer.serving.request import Limits, RequestError
-from trainer.serving.scorer import Answer
+from trainer.serving.scheduler import BatchSettings
+from trainer.serving.scorer import Answer, Seconds
 from trainer.serving.soundness import UnsoundError
 
 
@@ -27,7 +31,7 @@ def scores(answers: list[Answer]) -> list[float]:
     return [answer.probabilities[0, 0] for answer in answers]
 
 
-def during(test: Callable[[Held], Awaitable[None]], limits: Limits | None = None, **batching: int) -> None:
+def during(test: Callable[[Held], Awaitable[None]], limits: Limits | None = None, **batching: float) -> None:
     """Run a test while its core runs."""
 
     async def run() -> None:
@@ -79,6 +83,40 @@ def test_large_bodies_take_turns_and_small_ones_share_a_call() -> None:
         assert held.scorer.calls == [[0, 1], [10, 11], [20, 30], [40], [2, 3], [12, 13], [4, 5], [14, 15]]
 
     during(test, requests=2)
+
+
+def test_short_calls_are_made_by_the_event_loop_but_for_the_first_of_a_version() -> None:
+    def noting(scorer: HeldScorer, threads: list[bool]) -> HeldScorer:
+        plain = scorer.score
+
+        def score(*given: Any) -> tuple[list[Answer], Seconds]:
+            threads.append(threading.current_thread() is threading.main_thread())
+            return plain(*given)
+
+        scorer.open()
+        scorer.score = score  # type: ignore[method-assign]
+        return scorer
+
+    async def test(held: Held) -> None:
+        by_loop: list[bool] = []
+        noting(held.scorer, by_loop)
+        for user in range(3):
+            assert scores(await held.ask(request(user))) == [user]
+        several = [held.ask(request(user)) for user in range(40)]
+        assert [scores(await each) for each in several] == [[user] for user in range(40)]
+        assert by_loop == [False, True, True, True, True]
+        held.core.versions.scorer = noting(HeldScorer("v00000002"), by_loop)
+        assert scores(await held.ask(request(7))) == [7]
+        # Who may have to wait for other processes does so in a thread.
+        held.core.versions.scorer.states = SimpleNamespace(store=object())  # type: ignore[assignment]
+        assert scores(await held.ask(request(8))) == [8]
+        held.core.settings = replace(held.core.settings, batching=BatchSettings(at_once=0.0))
+        held.core.versions.scorer.states = None
+        assert scores(await held.ask(request(9))) == [9]
+        assert by_loop[5:] == [False, False, False]
+        assert [len(call.waited) for call in held.noted.ended] == [1, 1, 1, 32, 8, 1, 1, 1]
+
+    during(test, at_once=60.0)
 
 
 def test_bodies_of_other_versions_or_with_reasons_are_scored_apart() -> None:

@@ -90,6 +90,8 @@ def test_hit_miss_and_extension_are_one_for_every_preset(name: str, log: Path) -
     for representation in (True, False):
         settings_ = UserStateSettings(least=1, representation=representation)
         scorer = Scorer(snapshot, user_states=settings_)
+        # With and without looking for the behaviors that were kept: histories are short here.
+        snapshot.model.branches.few = 512 if representation else 0
         scores(scorer, without_newest(request, 3), other)
         extended, hit = (scores(scorer, request)[0] for _ in range(2))
         found = outcomes(scorer)
@@ -204,7 +206,7 @@ def test_a_short_history_has_no_state(long_scorers: tuple[Scorer, Scorer]) -> No
         replace(first, history=drawn(scorer, 0, count), time=1_000, user_id=count) for count in (14, 15)
     )
     assert scorer.states is not None
-    assert scorer.states.model_for([short]) is None
+    assert scorer.states.known_for([short]) is None
     alone, beside = scores(long_scorers[1], short, long), scores(scorer, short, long)
     assert max(np.abs(a - b).max() for a, b in zip(alone, beside, strict=True)) <= 1e-6
     assert outcomes(scorer) == {"miss": 1}
