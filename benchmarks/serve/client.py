@@ -1,4 +1,4 @@
-"""The client of a load test, in a process of its own: `python -m benchmarks.load.client SPEC.json`.
+"""The client of a load test, in a process of its own: `python -m benchmarks.serve.client SPEC.json`.
 
 A closed loop has so many connections, each of which asks again as soon as it is answered: it finds the most
 that a server can do. In an open loop requests are sent at constant intervals, whatever the server does, and a

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.http_client import HttpConnection, request_of
-from benchmarks.load import client
-from benchmarks.load.client import Load, LoadSpec
-from benchmarks.load.measure import _row
+from benchmarks.serve import client
+from benchmarks.serve.client import Load, LoadSpec
+from benchmarks.serve.measure import _row
 
 RATE, SECONDS = 200.0, 0.1
 SENT = int(RATE * SECONDS)

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.harness.report import Row
 from benchmarks.harness.server_process import ServerProcess
-from benchmarks.load.client import LoadSpec
+from benchmarks.serve.client import LoadSpec
 from embeddings.errors import TandemError
 
 _ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def _client(spec: LoadSpec) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "load.json"
         file.write_text(spec.model_dump_json())
-        command = [sys.executable, "-m", "benchmarks.load.client", str(file)]
+        command = [sys.executable, "-m", "benchmarks.serve.client", str(file)]
         done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise TandemError(f"the client failed: {done.stderr[-1000:]}")
