@@ -1,9 +1,9 @@
 """How fast a user is scored whose state is kept, by the rate of hits, and what a state takes (user_states.md)
 
-The scorer alone, with random weights: one id feature, 500 candidates, as in `serve`, of which this is a part. At a rate of hits, some
-calls are of users whose states are there and others of users who were never seen, in an order that the seed
-draws; `extended`: each call brings one more behavior of its user. Kinds run in turn. --config is a TOML of
-`UserStateBench`.
+The scorer alone, with random weights: one id feature, 500 candidates, as in `serve`, of which this is a part.
+At a rate of hits, some calls are of users whose states are there and others of users who were never seen, in
+an order that the seed draws; `extended`: each call brings one more behavior of its user. Kinds run in turn.
+--config is a TOML of `UserStateBench`.
 """
 
 from __future__ import annotations

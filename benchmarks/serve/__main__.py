@@ -8,9 +8,9 @@ states  users whose states are kept, by the rate of hits
 start   of a server on large tables
 load    the server beside a bare FastAPI scorer and ONNX Runtime, in closed and open loops
 
-All kinds of a table are measured in turn, in short rounds, so that other work on the machine meets all of them;
-rows are medians. Processor seconds are disturbed less than those of the wall, which stand beside them. --config
-is a TOML of `ServeBench`, with a section for each part.
+All kinds of a table are measured in turn, in short rounds, so that other work on the machine meets all of
+them; rows are medians. Processor seconds are disturbed less than those of the wall, which stand beside them.
+--config is a TOML of `ServeBench`, with a section for each part.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How fast a snapshot scores one user's candidates, beside other implementations, and how long a server starts."""
+"""How fast a snapshot scores one user's candidates, beside other implementations; the start of a server."""
 
 from __future__ import annotations
 

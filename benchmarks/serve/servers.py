@@ -33,7 +33,10 @@ class Running:
 
 
 def start_servers(model: ServedModel, folder: Path, held: ExitStack) -> dict[str, Running]:
-    """All servers by name, on one snapshot. No user's state is kept: clients ask for few users, again and again."""
+    """All servers by name, on one snapshot.
+
+    No user's state is kept, since clients ask for few users, again and again.
+    """
     version = model.publish(folder / "snapshot", 0)
     portable = folder / "portable"
     export = ["export", "--snapshot", str(version), "--format", "onnx", "--out", str(portable)]
@@ -55,7 +58,14 @@ def start_servers(model: ServedModel, folder: Path, held: ExitStack) -> dict[str
 
 
 def check_alike(running: dict[str, Running], model: ServedModel, shape: tuple[int, int]) -> None:
-    """Raises TandemError where two servers score the same body otherwise; `shape`: behaviors and candidates."""
+    """Compare the servers' answers to one body.
+
+    Args:
+        shape: behaviors and candidates.
+
+    Raises:
+        TandemError: two servers score it otherwise.
+    """
     body, scores = json_body(draw(model, 0, *shape)), {}
     for name, server in running.items():
         url = f"http://127.0.0.1:{server.process.port}/score"
