@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+import tests.programs.without_syncs  # noqa: F401, for what its import does
+
 if TYPE_CHECKING:
     from tests.helpers.object_store import Store
 

@@ -31,6 +31,7 @@ from benchmarks.harness.server_process import ServerProcess, serve_command, serv
 from benchmarks.inputs.served_model import ServedModel, publish_again
 from benchmarks.soak.accounts import Accounts
 from benchmarks.soak.bodies import bad_requests, known_users, new_users
+from benchmarks.soak.memory import memory_of
 from benchmarks.soak.slope import slope_of
 from benchmarks.soak.traffic import Traffic
 from embeddings.errors import TandemError
@@ -40,6 +41,13 @@ from trainer.sealed_folder import write_text
 _SAMPLE_S = 5.0
 # Of the whole time, what does not count for the slope: caches fill meanwhile.
 _WARM, _LONGEST_WARM = 0.2, 600.0
+# What a line is laid through, and how it is called.
+_SIZES = {
+    "resident_mb": "resident",
+    "private_mb": "private to the process",
+    "heap_used_mb": "in use of the C library's heaps",
+    "heap_free_mb": "free in these heaps, in memory or given back",
+}
 
 
 class SoakBench(Settings):
@@ -106,7 +114,7 @@ class Soak:
             "lost_first": accounts.lost,
             **dict(zip(("p50_ms", "p99_ms", "p999_ms"), (1e3 * quantiles).tolist(), strict=True)),
             "ended": self.ended,
-            "slopes": {name: asdict(self._slope(name)) for name in ("resident_mb", "private_mb")},
+            "slopes": {name: asdict(self._slope(name)) for name in _SIZES},
         }
 
     def rows(self) -> list[Row]:
@@ -118,7 +126,8 @@ class Soak:
 
     def _slope(self, name: str) -> Any:
         warm = min(_WARM * self.seconds, _LONGEST_WARM)
-        times, values = ([each[key] for each in self.samples] for key in ("seconds", name))
+        known = [each for each in self.samples if name in each]
+        times, values = ([each[key] for each in known] for key in ("seconds", name))
         return slope_of(times, values, self.settings.swap_seconds, warm)
 
 
@@ -178,7 +187,7 @@ async def _watch(soak: Soak, server: ServerProcess, stopped: asyncio.Event, kept
             soak.accounts.lose("server", f"has ended with {server.process.returncode}")
             stopped.set()
             return
-        soak.samples.append({"seconds": soak.seconds, **server.memory()})
+        soak.samples.append({"seconds": soak.seconds, **await memory_of(server)})
         if soak.seconds - told >= 60 and kept is not None:
             told = soak.seconds
             tree = {"facts": soak.facts(), "rows": soak.rows(), "samples": soak.samples}
@@ -215,7 +224,7 @@ def _report(soak: Soak, report: Report, said: Sequence[str]) -> None:
     report.line("steady clients, from the intended moment: " + _latency(facts))
     for name, slope in facts["slopes"].items():
         report.line(
-            f"{name}: {slope['mb_per_hour']:+.1f} ± {slope['half']:.1f} MB an hour (95 %, "
+            f"{_SIZES[name]}: {slope['mb_per_hour']:+.1f} ± {slope['half']:.1f} MB an hour (95 %, "
             f"{slope['blocks']} blocks), from {slope['begin']:.0f} to {slope['end']:.0f}"
         )
     last = soak.samples[-1]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from trainer.ranks.machine import heap_bytes
 from trainer.serving.latest import Outcome
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Gauges(Collector):
         yield from self._shared()
         yield from self._hot_rows()
         yield from _memory()
+        yield from _heap()
 
     def _queue(self) -> Iterator[Metric]:
         service, queue = self._service, self._service.core.queue
@@ -132,3 +134,15 @@ def _memory() -> Iterator[Metric]:
         text = "Addresses that are mapped, in memory or not"
         yield GaugeMetricFamily("tandemrec_mapped_bytes", text, found[_MAPPED])
     yield GaugeMetricFamily("tandemrec_open_files", "Files and connections that are open", files)
+
+
+def _heap() -> Iterator[Metric]:
+    """What the C library has of the private memory; nothing where it does not tell."""
+    found = heap_bytes()
+    if found is None:
+        return
+    text = "The C library's heaps: in use, and free, of which the system may have the pages back"
+    heaps = GaugeMetricFamily("tandemrec_heap_bytes", text, labels=["kind"])
+    heaps.add_metric(["used"], found.used)
+    heaps.add_metric(["free"], found.free)
+    yield heaps

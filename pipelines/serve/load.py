@@ -5,9 +5,9 @@ Nothing here knows a transport: every adapter counts by it.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
+from trainer.ranks.machine import return_freed_memory
 from trainer.serving.request import RequestError
 
 # Beyond it, the C library is told to give memory back.
@@ -41,9 +41,7 @@ class InFlight:
         self._peak = max(self._peak, self.held)
         if not self.held and self._peak > _MUCH:
             self._peak = 0
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-            if trim is not None:
-                trim(0)
+            return_freed_memory()
 
 
 class Hold:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
+from collections.abc import Callable
 
 from embeddings.errors import TandemError
 from pipelines.serve.logs import Log
 from pipelines.serve.metrics import Metrics
+from trainer.ranks.machine import return_freed_memory
+from trainer.serving.scorer import Scorer
 from trainer.serving.versions import Versions
 
 _LONGEST_WAIT = 60.0
+# Between two looks whether anybody scores with an old version still.
+_LAST_BODIES = 0.5
 
 
 class Updates:
@@ -26,12 +32,17 @@ class Updates:
         self._versions, self._metrics, self.seconds, self._log = versions, metrics, seconds, log
         self.problem: str | None = None
         self.failures = 0
+        self._clearing: set[asyncio.Task[None]] = set()
 
     async def reload(self, retry: bool = True) -> bool:
         """Load in another thread; requests go on."""
+        former = weakref.ref(self._versions.scorer)
         switched = await asyncio.to_thread(self._versions.reload, retry)
         if switched:
             self._metrics.serving(self._versions.scorer)
+            task = asyncio.create_task(_clear(former))
+            self._clearing.add(task)
+            task.add_done_callback(self._clearing.discard)
         return switched
 
     async def poll(self) -> None:
@@ -76,3 +87,13 @@ class Updates:
 
     def _say(self, event: str, message: str) -> None:
         self._log.say(event, message, version=self._versions.scorer.version)
+
+
+async def _clear(former: Callable[[], Scorer | None]) -> None:
+    """Once nobody scores with an old version, give the memory that it had back to the system.
+
+    Its states of users lay between blocks that are in use still, where the C library would keep the room.
+    """
+    while former() is not None:
+        await asyncio.sleep(_LAST_BODIES)
+    await asyncio.to_thread(return_freed_memory)

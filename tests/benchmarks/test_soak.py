@@ -11,6 +11,7 @@ import pytest
 from benchmarks.harness.http_client import HttpAnswer
 from benchmarks.soak.accounts import Accounts
 from benchmarks.soak.bodies import Body
+from benchmarks.soak.memory import heap_in
 from benchmarks.soak.slope import slope_of
 
 BODY = Body(b"", "user 1", answers=1, candidates=2)
@@ -62,3 +63,9 @@ def test_contents_that_score_alike_show_nothing() -> None:
     for version in ("v1", "v2"):
         accounts.scored("steady", BODY, answer([0.25, 0.5], version))
     assert not accounts.contents_differ()
+
+
+def test_the_heap_is_read_from_what_the_server_says() -> None:
+    said = 'a 1\ntandemrec_heap_bytes{kind="used"} 1.5e+08\ntandemrec_heap_bytes{kind="free"} 2e+06\n'
+    assert heap_in(said) == {"heap_used_mb": 150.0, "heap_free_mb": 2.0}
+    assert heap_in("a 1\n") == {}

@@ -29,6 +29,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         "tests.programs.without_collector",
+        "tests.programs.without_syncs",
         *(
             f"pipelines.{verb}"
             for verb in ("train", "evaluate", "export", "score", "ingest.ingest", "plan.plan")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def good_run(made: Job) -> dict[str, Any]:
 
 def spoiled(made: Job, kind: str, at: int) -> Iterator[Step]:
     """Six steps; where gradients are spoiled, hooks do so from the given step on."""
-    steps = list(made.reader.steps())[:6]
+    steps = list(islice(made.reader.steps(), 6))
     assert len(steps) == 6 and all(step.counted for step in steps)
     for number, step in enumerate(steps, 1):
         last = made.ranks.rank == made.ranks.world_size - 1
@@ -98,7 +98,7 @@ def bad_run(made: Job, kind: str, at: int, then: str) -> dict[str, Any]:
     return {
         "done": done, "messages": messages, "before": before, "after": made.digests(),
         "kept": {path.name: weights_of(path) for path in sorted(folder.glob("nonfinite-*"))},
-        "weights": list(made.reader.steps())[at - 1].batch.weight.tolist(),
+        "weights": next(islice(made.reader.steps(), at - 1, None)).batch.weight.tolist(),
     }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def weights_of(path: Path) -> list[Any]:
 def asked(made: Job) -> list[int]:
     """How often tensors are asked for a number in each of three steps, as a device would be waited for."""
     counts = []
-    for step in list(made.reader.steps())[:3]:
+    for step in islice(made.reader.steps(), 3):
         made.step.zero_grad()
         loss, _ = made.step.forward(step)
         loss.backward()
@@ -133,7 +133,7 @@ class Deaf(Guard):
 def left_out(made: Job, bad: bool) -> dict[str, Any]:
     """Losses of the third and fourth step, and the state after them; the second is bad, or not there."""
     made.step._guard = Deaf(made.ranks, made.step._guard.folder, True)
-    steps = list(made.reader.steps())[:4]
+    steps = list(islice(made.reader.steps(), 4))
     chosen = [steps[0], nan_weight(steps[1]), *steps[2:]] if bad else [steps[0], *steps[2:]]
     losses = [loss for _, loss in made.train(iter(chosen))]
     return {"losses": losses[-2:], "digests": made.digests()}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from embeddings.errors import CheckpointError, DataError, SnapshotError, TandemError
+from tests.programs import without_syncs
 from trainer import sealed_folder
 from trainer.sealed_folder import DIGEST, MANIFEST, Seal, entry_of, locked, publish, retire, sweep
 
@@ -122,3 +124,22 @@ def test_a_sweep_heeds_the_locks_of_others_unless_there_can_be_none(tmp_path: Pa
         assert not (tmp_path / "a.tmp-1").exists() and (tmp_path / "a.tmp-2").exists()
     sweep(tmp_path, "*.tmp-*", owns=True, alone=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_system_itself_syncs_what_is_given_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere in the tests nothing waits for the disk."""
+    synced: list[str] = []
+
+    def sync(descriptor: int) -> None:
+        without_syncs.fsync(descriptor)
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    (tmp_path / "folder").mkdir()
+    NAMED.write(tmp_path / "folder", TEXT)
+    sealed_folder.sync_tree(tmp_path)
+    assert {MANIFEST, DIGEST, "folder", tmp_path.name} <= set(synced)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fsync(10_000)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        without_syncs.checked(10_000)

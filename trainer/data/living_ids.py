@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embeddings.ids.bucket_map import Sightings
 from embeddings.ids.rules import IdRules
+from embeddings.lookup.jagged import OneIdBags
 from trainer.data.batch import RequestBatch
 from trainer.log.schema import FeatureInfo
 
@@ -180,6 +181,10 @@ def _replaced(kjt: KeyedJaggedTensor, rows: Mapping[str, Int64s]) -> KeyedJagged
     }
     if not parts and not any(key in rows for key in keys):
         return kjt
+    if isinstance(kjt, OneIdBags):
+        columns = [torch.from_numpy(rows[name]) if name in rows else kjt[name].values() for name in keys]
+        columns += [torch.from_numpy(rows[name]) for name in parts]
+        return OneIdBags([*keys, *parts], torch.stack(columns))
     values = kjt.values().clone()
     places = dict(_segments(kjt))
     for name in keys:

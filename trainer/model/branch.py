@@ -69,6 +69,7 @@ class Branch(nn.Module):
             shared_sets: those that no task and no domain owns.
         scorer, search: None where the sequence model works on windows; cross: None without cross features.
         columns: the attended columns of the attention vectors; None = all.
+        experts: stage two, who reads what stage one keeps.
     """
 
     def __init__(self, settings: BranchConfig, dimensions: Dimensions) -> None:
@@ -94,18 +95,8 @@ class Branch(nn.Module):
             self.search = settings.search_kind.build(settings, sizes)
         cross = settings.roles.cross
         self.cross = CrossBias(dimensions.groups[cross].widths()) if cross else None
-
-    @property
-    def experts(self) -> list[Expert]:
-        """Stage two: who reads what stage one keeps."""
-        roles = self.settings.roles
         groups = roles.representation_target, roles.representation_behavior
-        experts = []
-        for name, width in self.widths.items():
-            model = self.sequences[name] if name else self.sequence
-            assert isinstance(model, SequenceModel)
-            experts.append(Expert(model, *groups, name, width))
-        return experts
+        self.experts = [Expert(models[name], *groups, name, width) for name, width in self.widths.items()]
 
     @property
     def of_attention(self) -> list[nn.Module]:
@@ -141,8 +132,6 @@ class Branch(nn.Module):
             return None
         if retrieval.whole:
             score_CHK = self.scorer.over_windows(retrieval.vectors, retrieval.windows)
-        elif retrieval.selection.score is not None:
-            score_CHK = retrieval.selection.score[:, None]
         else:
             score_CHK = self.scorer.of_kept(retrieval.vectors, retrieval.selection)
         return WEIGHTS[self.settings.weights](score_CHK, retrieval.selection.mask[:, None])

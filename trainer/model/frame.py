@@ -81,6 +81,11 @@ class Branches(nn.ModuleDict):
         branches: by name; history_length: L.
         selects: behaviors are looked up again, as far as they are kept; alone: candidates without behaviors.
         pads: some others are too, see `trainer.model.union`; None: where the device is not the CPU.
+
+    Attributes:
+        few: of so many behaviors of a batch all are looked up again, whether kept or not: a server sets it,
+            for which to find the kept ones costs more than to ask for the others.
+        ages: whether any branch reads ages of behaviors.
     """
 
     def __init__(
@@ -93,10 +98,13 @@ class Branches(nn.ModuleDict):
     ) -> None:
         super().__init__(branches)
         self.history_length, self.selects, self.alone, self.pads = history_length, selects, alone, pads
+        self.few = 0
+        self._named = dict(branches)
+        self.ages = any(branch.settings.age for branch in branches.values())
 
-    def named(self) -> dict[str, Branch]:
+    def named(self) -> Mapping[str, Branch]:
         """Name -> branch."""
-        return {name: branch for name, branch in self.items() if isinstance(branch, Branch)}
+        return self._named
 
     def forward(
         self, batch: RequestBatch, vectors: Mapping[str, Tensor], known: KnownBehaviors | None = None
@@ -107,13 +115,15 @@ class Branches(nn.ModuleDict):
         for name, branch in self.named().items():
             looks_at = branch.settings.newest, branch.settings.clusters
             if looks_at not in windows:
-                windows[looks_at] = windows_of(batch, self.history_length, *looks_at)
+                windows[looks_at] = windows_of(batch, self.history_length, *looks_at, self.ages)
             of_branch = None if known is None else known.of_branch[name]
             retrievals[name] = branch.retrieve(batch, vectors, windows[looks_at], of_branch)
         device, one_id = batch.behavior_time.device, batch.host_sizes.one_id
         alone = select_bags(batch.features, bags_of_candidates(batch), one_id) if self.alone else None
         if not (self.selects if known is None else known.selects):
             return Retrievals(self, retrievals, None, None, alone)
+        if batch.behaviors <= self.few:
+            return Retrievals(self, retrievals, batch.features, None, alone)
         kept = [each.windows if each.whole else each.selection for each in retrievals.values()]
         if device.type != "cpu" if self.pads is None else self.pads:
             # More behaviors than were kept are looked up again, so that the host need not wait.

@@ -64,9 +64,9 @@ class Marks:
         return {}
 
 
-def no_level(shape: torch.Size, device: torch.device) -> Tensor:
-    """Levels where no hard search was: one zero for all places."""
-    return torch.zeros(1, 1, dtype=torch.int32, device=device).expand(shape)
+def no_mark(index: Tensor) -> Tensor:
+    """One zero for all places of `index`: levels where no hard search was, and ages that nobody reads."""
+    return torch.zeros(1, 1, dtype=torch.int32, device=index.device).expand(index.shape)
 
 
 def age_bucket(seconds: Tensor) -> Tensor:

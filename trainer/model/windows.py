@@ -18,7 +18,7 @@ from trainer.data.batch import RequestBatch
 from trainer.model.ops.bags import rows_at
 from trainer.model.ops.precision import full, in_single_precision
 from trainer.model.ops.traced import is_traced, stable_sort
-from trainer.model.time import Marks, age_bucket, no_level
+from trainer.model.time import Marks, age_bucket, no_mark
 
 
 class Slots:
@@ -141,14 +141,12 @@ class Selection:
         index: int64 [C, K] ([W, K] where a sequence model works on windows), behaviors of the batch.
         mask: bool, False where a window holds fewer than K behaviors.
         marks, log_size: as in `Windows`.
-        score: float32, by the scorer of stage two, where a search that serves has them; else None.
     """
 
     index: Tensor
     mask: Tensor
     marks: Marks
     log_size: Tensor | None = None
-    score: Tensor | None = None
 
 
 def pooled_windows(value_SD: Tensor, place_WX: Tensor, windows: Windows, weight_CX: Tensor) -> Tensor:
@@ -161,7 +159,9 @@ def pooled_windows(value_SD: Tensor, place_WX: Tensor, windows: Windows, weight_
         return windows.slots.collect(windows.slots.spread(full(weight_CX)) @ value_WXD)
 
 
-def windows_of(batch: RequestBatch, history_length: int, newest: int = 0, clusters: bool = False) -> Windows:
+def windows_of(
+    batch: RequestBatch, history_length: int, newest: int = 0, clusters: bool = False, ages: bool = True
+) -> Windows:
     """What the batch's candidates may keep: their request's window, or what a hard search retrieved.
 
     Args:
@@ -169,19 +169,20 @@ def windows_of(batch: RequestBatch, history_length: int, newest: int = 0, cluste
         history_length: L; ranks beyond it share the last place of the position tables.
         newest: only the newest so many behaviors of each request, whatever a hard search retrieved; 0 = all.
         clusters: the clusters of the request's history instead, each at the behavior that stands for it.
+        ages: whether anyone reads the marks' ages; else they are one zero for all places.
     """
     if clusters:
         return _cluster_windows(batch, history_length)
-    if newest:
-        return _request_windows(batch, newest)
-    return _request_windows(batch) if batch.retrieval is None else _retrieved_windows(batch, history_length)
+    if newest or batch.retrieval is None:
+        return _request_windows(batch, newest, ages)
+    return _retrieved_windows(batch, history_length, ages)
 
 
 def _cluster_windows(batch: RequestBatch, history_length: int) -> Windows:
     """Clusters whose chunk was complete before the request, newest first, with ln of their sizes."""
     clusters = batch.clusters
     assert clusters is not None
-    whole = _request_windows(batch)
+    whole = _request_windows(batch, ages=False)
     index = whole.index
     if not batch.behaviors:
         return replace(whole, lengths=None, log_size=torch.zeros(index.shape, device=index.device))
@@ -193,11 +194,11 @@ def _cluster_windows(batch: RequestBatch, history_length: int) -> Windows:
     rank = torch.where(mask, mask.cumsum(1, dtype=torch.int32).clamp(max=history_length), 0)
     age = torch.where(mask, age_bucket(batch.request_time[:, None] - clusters.time[index]), 0)
     size = torch.where(mask, clusters.size[index].to(torch.float32).log(), 0.0)
-    marks = Marks(rank, age, no_level(rank.shape, rank.device))
+    marks = Marks(rank, age, no_mark(rank))
     return replace(whole, index=index, mask=mask, marks=marks, log_size=size, lengths=None)
 
 
-def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
+def _retrieved_windows(batch: RequestBatch, history_length: int, ages: bool) -> Windows:
     """One window a candidate, deepest match first."""
     retrieval = batch.retrieval
     assert retrieval is not None
@@ -210,14 +211,14 @@ def _retrieved_windows(batch: RequestBatch, history_length: int) -> Windows:
     index = torch.where(mask, index, 0)
     marks = Marks(
         torch.where(mask, rank.clamp(max=history_length).to(torch.int32), 0),
-        _ages(batch, batch.candidate_request, index, mask),
+        _ages(batch, batch.request_time[batch.candidate_request], index, mask) if ages else no_mark(index),
         torch.where(mask, level.to(torch.int32), 0),
     )
     each = torch.arange(batch.candidates, device=index.device)
     return Windows(index, mask, marks, None, each, counts=one_each(batch.candidates))
 
 
-def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
+def _request_windows(batch: RequestBatch, newest: int = 0, ages: bool = True) -> Windows:
     """The requests' windows side by side (X = longest window of the batch)."""
     length = batch.window_end - batch.window_start
     if newest:
@@ -227,18 +228,17 @@ def _request_windows(batch: RequestBatch, newest: int = 0) -> Windows:
     rank = torch.arange(1, longest + 1, dtype=torch.int32, device=length.device)
     mask = step[None, :] < length[:, None]
     index = torch.where(mask, batch.window_end[:, None] - 1 - step[None, :], 0)
-    request = torch.arange(batch.requests, device=length.device)
-    marks = Marks(
-        torch.where(mask, rank, 0), _ages(batch, request, index, mask), no_level(index.shape, index.device)
-    )
+    age = _ages(batch, batch.request_time, index, mask) if ages else no_mark(index)
+    marks = Marks(torch.where(mask, rank, 0), age, no_mark(index))
     counts = batch.host_sizes.candidates
     return Windows(index, mask, marks, None, batch.candidate_request, length, counts)
 
 
-def _ages(batch: RequestBatch, request_W: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+def _ages(batch: RequestBatch, time_W: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+    """`time_W`: of the request of each window."""
     if not batch.behaviors:
         return torch.zeros_like(index, dtype=torch.int32)
-    age = batch.request_time[request_W][:, None] - batch.behavior_time[index]
+    age = time_W[:, None] - batch.behavior_time[index]
     return torch.where(mask, age_bucket(age), 0)
 
 

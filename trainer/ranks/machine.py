@@ -14,6 +14,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 _PROCESS = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
@@ -21,6 +22,28 @@ _GROUPS = Path("/sys/fs/cgroup")
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _LARGEST = 1 << 30
 _PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4
+
+
+class Heap(NamedTuple):
+    """Bytes of the C library's heaps: in use, and free there for the next one who asks.
+
+    The system may have the pages of free bytes back already; they count as free all the same.
+    """
+
+    used: int
+    free: int
+
+
+class _Mallinfo2(ctypes.Structure):
+    """What mallinfo2 of glibc says (malloc.h): bytes are `size_t`, summed over all threads' heaps."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
 
 
 def this_machine() -> str:
@@ -92,6 +115,30 @@ def keep_freed_memory() -> bool:
     # A negative threshold is the largest one: never.
     settings = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
     return all([mallopt(name, value) == 1 for name, value in settings])
+
+
+def return_freed_memory() -> bool:
+    """Give the system all pages of the heaps on which nothing is in use; whether the C library can.
+
+    glibc does so by itself at the end of a heap alone. What lies between blocks that are in use it keeps for
+    the next one, in the heap of the thread that took it: whoever lets go of much, and asks for other sizes or
+    in another thread, pays for both. It takes some milliseconds, in which threads wait that allocate.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        return False
+    trim(ctypes.c_size_t(0))
+    return True
+
+
+def heap_bytes() -> Heap | None:
+    """What is in use of the heaps, and what is free; None where the C library does not tell (glibc 2.33)."""
+    ask = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if ask is None:
+        return None
+    ask.restype = _Mallinfo2
+    found = ask()
+    return Heap(found.uordblks + found.hblkhd, found.fordblks)
 
 
 def give_pages_back(address: int, size: int) -> None:

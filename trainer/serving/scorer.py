@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from embeddings.errors import ConfigError
 from trainer.config.sections import DataConfig
 from trainer.config.tasks import named_tasks
 from trainer.data.batch import RequestBatch
-from trainer.data.blocks import Block, LazyRows, with_windows
-from trainer.data.collate import collate
 from trainer.data.domain import DomainColumn
-from trainer.data.files import RowGroup
 from trainer.data.labels import TaskLabels
-from trainer.data.row_group import FeatureIds, Floats
-from trainer.data.rows import Columns, UserRows
+from trainer.data.row_group import Floats
+from trainer.data.rows import Columns
 from trainer.data.similarity.keys import Key
 from trainer.data.similarity.similarity import similarities_of, vectors_used
-from trainer.log.bags import Bags, Ints
 from trainer.log.known_values import KnownValues
 from trainer.log.schema import FeatureInfo
 from trainer.model.branch import Branch, Reading
+from trainer.model.ops.threads import torch_alone
 from trainer.model.windows import Selection
 from trainer.sealed_folder import MANIFEST
+from trainer.serving.any_batch import PLACE, any_batch
 from trainer.serving.checks import visible_behaviors
 from trainer.serving.exploration import Exploration, Sureness, sureness
+from trainer.serving.forward import Forward
+from trainer.serving.plain_batch import PlainBatches
 from trainer.serving.request import Needs, Request
-from trainer.serving.threads import torch_alone
 from trainer.serving.user_state.maker import StateMaker
 from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.user_state.settings import UserStateSettings
@@ -43,9 +40,9 @@ from trainer.serving.window_search import WindowSearch, per_window
 from trainer.snapshot import Snapshot
 from trainer.snapshot.manifest import InputFeature
 
-# A feature beside the others where an answer explains: each behavior's place in the request's history.
-_PLACE = "history place"
 MOST_EXPLAINED = 100
+# Behaviors of a call: to look all of them up costs less than to find those that were kept.
+_FEW = 512
 Explorations = Sequence[Exploration | None]
 
 
@@ -133,13 +130,14 @@ class Scorer:
         self.states: StateMaker | None = None
         if user_states is not None and user_states.bytes:
             self.states = StateMaker(snapshot, self.needs, user_states, _digest_of(snapshot), store)
-        self._searched = 0.0
+        self._plain = PlainBatches(self.columns, self.data)
         self.branches: dict[str, Branch] = {}
         for name, branch in snapshot.model.branches.items():
             assert isinstance(branch, Branch)
             self.branches[name] = branch
             if branch.search is not None:
                 branch.search = per_window(branch.search)
+        snapshot.model.branches.few = _FEW
         # Torch's own threads share the products over whole histories of models that search nothing.
         self._searches = all(isinstance(each.search, WindowSearch) for each in self.branches.values())
 
@@ -154,16 +152,9 @@ class Scorer:
 
     def batch(self, requests: Sequence[Request], places: bool = False) -> RequestBatch:
         """Requests side by side, as the reader lays them; with `places` under a key of their own."""
-        columns = self.columns
-        if places:
-            columns = replace(columns, features={**columns.features, _PLACE: FeatureInfo(rows=1)})
-        rows = _user_rows(requests, columns)
-        windowed = with_windows(rows, self.data.history_length, self.data.ingestion_delay)
-        blocks = []
-        for r, request in enumerate(requests):
-            lazy = LazyRows(RowGroup(Path("request"), r), lambda: windowed)
-            blocks.append(Block((), r, r + 1, int(request.history.time.size), request.count, lazy))
-        return collate(blocks, self.data, columns, int(rows.candidate_offsets[-1]))
+        if not places and (plain := self._plain.of(requests)) is not None:
+            return plain
+        return any_batch(requests, self.columns, self.data, places)
 
     def score(
         self, requests: Sequence[Request], explain: bool = False, explore: Explorations = ()
@@ -174,26 +165,15 @@ class Scorer:
 
         The product of a matrix with more rows may round the last bit otherwise; nothing else differs.
         """
-        started = self._searched = self.clock()
+        started = self.clock()
         batch = self.batch(requests, places=explain)
-        model = None if self.states is None else self.states.model_for(requests)
-        read: dict[str, Reading] = {}
-        # For this call alone: a hook that stayed would be a reference from the model back to the scorer, and
-        # the tables of a version that is served no more would stay mapped until the collector meets them.
-        with ExitStack() as hooks:
-            for watched, note in self._hooks(read):
-                hooks.callback(watched.register_forward_hook(note).remove)
-            if self._searches:
-                hooks.enter_context(torch_alone())
+        known = None if self.states is None else self.states.known_for(requests)
+        model = Forward(self.snapshot.model, self.clock, known)
+        with torch_alone() if self._searches else nullcontext():
             judged = self.snapshot.judge(batch, model) if any(explore) else None
             scores = self.snapshot.score(batch, model) if judged is None else judged.mean.sigmoid()
         ended = self.clock()
-        skipped = np.repeat([r.skipped for r in requests], [r.count for r in requests]).tolist()
-        explained = {
-            name: _explanations(batch, skipped, each.behaviors.selection, each.weight_CHK)
-            for name, each in read.items()
-            if explain and each.weight_CHK is not None
-        }
+        explained = _explained(requests, batch, model.read) if explain else {}
         answers, begin, probabilities = [], 0, scores.numpy()
         outcomes = {} if self.states is None else self.states.outcomes
         for place, (request, asked) in enumerate(
@@ -211,17 +191,7 @@ class Scorer:
                 )
             )
             begin = own.stop
-        return answers, Seconds(self._searched - started, ended - self._searched)
-
-    def _hooks(self, read: dict[str, Reading]) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
-        """Parts of the model, and what notes that they have run: when a search ended, and what was read."""
-        for branch in self.branches.values():
-            if branch.search is not None:
-                yield branch.search, self._note_searched
-        yield self.snapshot.model.pooling, lambda _, __, pooled: read.update(pooled.of_branch)
-
-    def _note_searched(self, *_: object) -> None:
-        self._searched = self.clock()
+        return answers, Seconds(model.searched - started, ended - model.searched)
 
 
 def _digest_of(snapshot: Snapshot) -> str:
@@ -258,58 +228,16 @@ def _domain_of(feature: str, needs: Needs) -> DomainColumn | None:
     return DomainColumn(feature, of_requests, needs.rows[feature])
 
 
-def _user_rows(requests: Sequence[Request], columns: Columns) -> UserRows:
-    """Every request as a user row of its own."""
-    histories = [request.history for request in requests]
-    behaviors = np.array([history.time.size for history in histories])
-    counts = np.array([request.count for request in requests])
-    behavior_features = [history.features for history in histories]
-    if _PLACE in columns.features:
-        behavior_features = [{**h.features, _PLACE: Bags(np.arange(h.time.size))} for h in histories]
-    clusters: dict[str, Ints] = {}
-    if columns.chunk:
-        for name in ("cluster_size", "cluster_time"):
-            clusters[name] = np.concatenate([getattr(history, name) for history in histories])
-    numeric = [[request.numeric[name] for request in requests] for name in columns.numeric]
-    candidates = _joined_features([request.candidates for request in requests], counts, columns.features)
-    context = _joined_features([r.context for r in requests], np.ones_like(counts), columns.context)
-    return UserRows.of_counts(
-        behaviors=behaviors,
-        requests=np.ones_like(counts),
-        candidate_counts=counts,
-        user_id=np.array([request.user_id for request in requests]),
-        history=_joined_features(behavior_features, behaviors, columns.features),
-        history_time=np.concatenate([history.time for history in histories]),
-        request_time=np.array([request.time for request in requests]),
-        history_end=np.array([np.searchsorted(request.history.time, request.time) for request in requests]),
-        candidates=candidates,
-        context=context,
-        labels=np.zeros((int(counts.sum()), len(columns.tasks)), dtype=np.float32),
-        numeric=np.stack([np.concatenate(each) for each in numeric], axis=1) if numeric else None,
-        domain=columns.domain.of_candidates(candidates, context, counts) if columns.domain else None,
-        **clusters,
-    )
-
-
-def _joined_features(
-    parts: Sequence[Mapping[str, Bags]], sizes: Ints, names: Mapping[str, FeatureInfo]
-) -> FeatureIds:
-    """Ids of all requests; a feature that some request lacks has empty bags there."""
-    none = np.zeros(0, dtype=np.int64)
-    empty = [Bags.of_lengths(none, np.zeros(size, dtype=np.int64)) for size in sizes.tolist()]
-    single: list[str] = []
-    several: dict[str, Bags] = {}
-    for name in names:
-        if all(name in part and part[name].offsets is None for part in parts):
-            single.append(name)
-        elif any(name in part for part in parts):
-            bags = [part.get(name, lacking) for part, lacking in zip(parts, empty, strict=True)]
-            values = np.concatenate([each.values for each in bags])
-            several[name] = Bags.of_lengths(values, np.concatenate([each.lengths for each in bags]))
-    ids = np.empty((len(single), int(sizes.sum())), dtype=np.int64)
-    for row, name in zip(ids, single, strict=True):
-        np.concatenate([part[name].values for part in parts], out=row)
-    return FeatureIds(single, ids, several)
+def _explained(
+    requests: Sequence[Request], batch: RequestBatch, read: Mapping[str, Reading]
+) -> dict[str, list[Explanation]]:
+    """Branch -> what it kept of each candidate, for branches that weigh what they keep."""
+    skipped = np.repeat([r.skipped for r in requests], [r.count for r in requests]).tolist()
+    return {
+        name: _explanations(batch, skipped, each.behaviors.selection, each.weight_CHK)
+        for name, each in read.items()
+        if each.weight_CHK is not None
+    }
 
 
 def _explanations(
@@ -320,7 +248,7 @@ def _explanations(
     Args:
         skipped: [C], behaviors that were sent before those that the candidate's request holds.
     """
-    place = batch.features[_PLACE].values()
+    place = batch.features[PLACE].values()
     weight = weight_CHK.mean(1).masked_fill(~kept.mask, -torch.inf)
     best = weight.topk(min(MOST_EXPLAINED, weight.shape[1]), dim=1)
     explanations = []

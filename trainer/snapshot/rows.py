@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from embeddings.errors import SnapshotError
@@ -38,6 +38,8 @@ _BLOCK, _BLOCK_BYTES = 1 << 16, 8 << 20
 _ID_BYTES = 8
 # Ids that are compared with each other at once.
 _MANY_IDS = 1 << 20
+# Bytes of a file that is read instead of mapped.
+_SMALL = 1 << 20
 
 
 class Written(NamedTuple):
@@ -241,7 +243,10 @@ def _stored(where: Path, name: str, dtype: Dtype, first: int, rows: Tensor) -> T
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """All tensors of a file, memory-mapped copy-on-write: for the small files of a version.
+    """All tensors of a file: a small file is read, a larger one is memory-mapped copy-on-write.
+
+    For every tensor of a file that it maps, safetensors (0.8.0) keeps two numbers for good. So a server does
+    not map those files of each version that have many small tensors.
 
     Raises:
         SnapshotError: it is no safetensors file, or has an absurd header.
@@ -251,7 +256,8 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
         with file.open("rb") as raw:
             if int.from_bytes(raw.read(8), "little") > LARGEST_HEADER:
                 raise SnapshotError(file, f"its header is larger than {LARGEST_HEADER:,} bytes")
-        tensors: dict[str, Tensor] = load_file(file)
+        small = file.stat().st_size <= _SMALL
+        tensors: dict[str, Tensor] = load(file.read_bytes()) if small else load_file(file)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise SnapshotError(file, f"unreadable: {error}") from None
     return tensors

@@ -25,28 +25,15 @@ from pipelines.serve.oip import inference_pb2
 from pipelines.serve.oip.grpc_server import SERVICE, GrpcServer
 from pipelines.serve.oip.tensors import Output, Shaped
 from tests.helpers.launching import ROOT
-from tests.helpers.logs import Shape, enrich, random_rows, write_log
-from tests.helpers.models import preset
-from tests.helpers.serving import ARROW, Client, bodies, service_of, serving, snapshot_of
+from tests.helpers.served import ROWS
+from tests.helpers.serving import ARROW, Client, bodies, service_of, serving
 from trainer.log.schema import read_manifest
 from trainer.serving.request import RequestError
 from trainer.snapshot import Snapshot
 
-ROWS = enrich(random_rows(4, Shape(users=8)), 5)
-WITH_CONTEXT = ("model.roles.context=context", "groups.context.dim=8")
 Patch = pytest.MonkeyPatch
 Body = dict[str, Any]
 TYPES = {"INT64": np.int64, "FP32": np.float32}
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_log(tmp_path_factory.mktemp("inference") / "log", {"train": ROWS}, rich=True)
-
-
-@pytest.fixture(scope="module")
-def snapshot(log: Path) -> Snapshot:
-    return snapshot_of(preset("dare", log, *WITH_CONTEXT))
 
 
 @pytest.fixture(scope="module")

@@ -18,27 +18,15 @@ from pipelines.serve.settings import LogSettings, ServeSettings, TraceSettings, 
 from pipelines.serve.tokens import Token
 from pipelines.serve.traces import Tracer
 from pipelines.serve.users import users_body
-from tests.helpers.logs import Shape, enrich, random_rows, write_log
-from tests.helpers.models import preset
-from tests.helpers.serving import bodies, service_of, serving, snapshot_of
+from tests.helpers.served import ROWS
+from tests.helpers.serving import bodies, service_of, serving
 from trainer.log.schema import read_manifest
 from trainer.serving.histories import HistoryStore
 from trainer.snapshot import Snapshot
 
-ROWS = enrich(random_rows(4, Shape(users=8)), 5)
 Patch = pytest.MonkeyPatch
 Body = dict[str, Any]
 SECRET = "0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_log(tmp_path_factory.mktemp("operations") / "log", {"train": ROWS}, rich=True)
-
-
-@pytest.fixture(scope="module")
-def snapshot(log: Path) -> Snapshot:
-    return snapshot_of(preset("dare", log))
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +180,7 @@ def test_numbers_for_prometheus(snapshot: Snapshot, monkeypatch: Patch, body: Bo
                 *("queue_bodies", "queue_parts", "queue_cost", "connections", "ready", "mapped_bytes"),
                 *("latest_failing", "snapshot_served_seconds", "open_files", "in_flight_bytes"),
                 *('looks_total{outcome="broken"}', 'resident_bytes{kind="private"}', "disconnects_total"),
+                *('heap_bytes{kind="used"}', 'heap_bytes{kind="free"}'),
             ):
                 assert f"\ntandemrec_{name} " in text, name
             assert await client.metric('tandemrec_resident_bytes{kind="private"}') > 1e7

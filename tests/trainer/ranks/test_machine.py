@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trainer.ranks.machine import cores, free_memory_bytes, give_pages_back, memory_bytes
+from trainer.ranks.machine import (
+    cores,
+    free_memory_bytes,
+    give_pages_back,
+    heap_bytes,
+    memory_bytes,
+    return_freed_memory,
+)
 
 GIB = 2**30
 PHYSICAL = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -158,3 +167,35 @@ def test_pages_of_a_mapped_file_are_given_back(tmp_path: Path) -> None:
     own = torch.arange(1 << 20)
     give_pages_back(own.data_ptr(), own.nbytes)
     assert torch.equal(own, torch.arange(1 << 20))
+
+
+def test_what_lies_free_between_blocks_in_use_is_returned() -> None:
+    """Every other of some blocks is let go of: glibc keeps their pages until it is told otherwise."""
+    before = heap_bytes()
+    if before is None:
+        pytest.skip("no C library that tells of its heaps")
+    # Small enough that each lies in the heap, whatever the threshold of mapping is.
+    blocks = [torch.ones(12_000) for _ in range(1_000)]
+    taken = heap_bytes()
+    assert taken is not None and taken.used - before.used >= 1_000 * 48_000
+    kept = blocks[::2]
+    del blocks
+    freed = heap_bytes()
+    assert freed is not None and freed.used <= taken.used - 500 * 48_000
+    assert freed.free >= taken.free + 500 * 48_000
+    resident = own_pages()
+    assert return_freed_memory()
+    # Of each block of 48,000 bytes at most two pages are shared with its neighbors.
+    assert own_pages() <= resident - 500 * 9
+    assert all(bool((block == 1).all()) for block in kept)
+
+
+def own_pages() -> int:
+    """Pages of 4,096 bytes of this process that are no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 4 for line in lines if line.startswith("RssAnon"))
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    assert not return_freed_memory() and heap_bytes() is None

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.helpers.logs import Shape, enrich, random_rows, write_log
 from tests.helpers.models import preset
+from tests.helpers.served import ROWS
 from tests.helpers.serving import ARROW, bodies, model_body, service_of, serving, snapshot_of
 from trainer.log.schema import read_manifest
 from trainer.serving.exploration import Exploration, sureness
@@ -22,13 +22,6 @@ from trainer.serving.request import Limits
 from trainer.serving.scorer import Scorer
 from trainer.snapshot import Snapshot
 from trainer.snapshot.laplace import curvature, posterior
-
-ROWS = enrich(random_rows(4, Shape(users=6)), 5)
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_log(tmp_path_factory.mktemp("log") / "log", {"train": ROWS}, rich=True)
 
 
 @pytest.fixture

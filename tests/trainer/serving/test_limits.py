@@ -14,9 +14,9 @@ import pytest
 
 import pipelines.serve.updates as updates_module
 from embeddings.errors import DataError
-from tests.helpers.logs import INFOS, Shape, enrich, random_rows, write_log
-from tests.helpers.models import preset
-from tests.helpers.serving import ARROW, Client, bodies, service_of, serving, set_limits, snapshot_of, stream
+from tests.helpers.logs import INFOS
+from tests.helpers.served import ROWS
+from tests.helpers.serving import ARROW, Client, bodies, service_of, serving, set_limits, stream
 from trainer.log.schema import read_manifest
 from trainer.serving.arrow_body import read_arrow
 from trainer.serving.core import CoreSettings
@@ -24,20 +24,9 @@ from trainer.serving.request import Limits, Needs, RequestError
 from trainer.serving.scheduler import BatchSettings
 from trainer.snapshot import Snapshot
 
-ROWS = enrich(random_rows(4, Shape(users=10)), 5)
 LISTS = pa.list_(pa.int64())
 Patch = pytest.MonkeyPatch
 Body = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_log(tmp_path_factory.mktemp("limits") / "log", {"train": ROWS}, rich=True)
-
-
-@pytest.fixture(scope="module")
-def snapshot(log: Path) -> Snapshot:
-    return snapshot_of(preset("dare", log, "model.roles.context=context", "groups.context.dim=8"))
 
 
 @pytest.fixture(scope="module")

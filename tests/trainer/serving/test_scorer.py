@@ -34,7 +34,7 @@ from trainer.serving.checks import cut_history
 from trainer.serving.json_body import JsonForm
 from trainer.serving.request import Limits, Request
 from trainer.serving.scorer import Scorer as Serving
-from trainer.serving.window_search import _score, per_window
+from trainer.serving.window_search import per_window
 
 TAXONOMY = {"department_id": 3, "type_id": 9}
 
@@ -63,19 +63,22 @@ def asked(serving: Serving, config: Config, rows: list[Row]) -> Iterator[tuple[t
 
 
 def compare(config: Config, rows: list[Row], chunk: int = 0) -> None:
-    """Scores of the reader's batches, of all requests in one call, and of each alone."""
+    """Scores of the reader's batches, of all requests in one call, and of each alone.
+
+    A request is scored as it came or cut to what the model reads: together both, alone in turn.
+    """
     snapshot = snapshot_of(config)
     expected = reference(snapshot)
     serving = Serving(snapshot, chunk)
-    named = list(asked(serving, config, rows))
-    together, _ = serving.score([request for _, request in named])
-    assert len(named) == len(expected) > 20
-    for (name, request), in_company in zip(named, together, strict=True):
-        alone = serving.score([request])[0][0].probabilities
-        cut = cut_history(request, serving.needs)
-        for found in (in_company.probabilities, alone, serving.score([cut])[0][0].probabilities):
-            assert found.shape == expected[name].shape
-            assert np.abs(found - expected[name]).max() <= 1e-6, name
+    named = dict(asked(serving, config, rows))
+    whole = list(named.values())
+    cut = [cut_history(request, serving.needs) for request in whole]
+    assert len(named) == len(expected) > 20 and named.keys() == expected.keys()
+    alone = [serving.score([(whole, cut)[n % 2][n]])[0][0] for n in range(len(named))]
+    for answers in (serving.score(whole)[0], serving.score(cut)[0], alone):
+        for (name, scores), found in zip(((name, expected[name]) for name in named), answers, strict=True):
+            assert found.probabilities.shape == scores.shape
+            assert np.abs(found.probabilities - scores).max() <= 1e-6, name
     assert np.std(np.concatenate(list(expected.values()))) > 1e-3
 
 
@@ -190,29 +193,6 @@ def test_explained_behaviors_are_those_kept_with_their_weights(name: str, sets: 
     assert c == batch.candidates and seen > 50
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    width=st.integers(1, 70),
-    tiles=st.integers(1, 8),
-    beside=st.booleans(),
-)
-def test_tiles_give_all_scores_and_the_best_of_each_group(
-    seed: int, width: int, tiles: int, beside: bool
-) -> None:
-    """Small whole numbers, so that every order of adding up gives the same."""
-    rng, tiles = drawing(seed), min(tiles, width)
-    query, key = (torch.randint(-3, 4, (n, 5), generator=rng).float() for n in (4, width))
-    added = torch.randint(-9, 9, (4, width), generator=rng).float() if beside else None
-    groups = -(-width // tiles)
-    score = torch.empty(tiles, 4, groups)
-    best = _score(score, query, [key[tile::tiles].T for tile in range(tiles)], added)
-    expected = query @ key.T if added is None else query @ key.T + added
-    expected = nn.functional.pad(expected, (0, groups * tiles - width), value=-torch.inf)
-    assert torch.equal(score.permute(1, 2, 0).flatten(1), expected)
-    assert torch.equal(best, expected.unflatten(1, (groups, tiles)).amax(2))
-
-
 def scorer_of(kind: str, rng: torch.Generator) -> tuple[Scorer, int]:
     width = 8
     made: Scorer
@@ -262,24 +242,18 @@ def test_window_by_window_is_the_same_search(
     }[search]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.serving.window_search._CELLS", cells)
-        patch.setattr("trainer.serving.window_search._FEWEST", 2)
-        patch.setattr("trainer.serving.window_search._CACHED", cells)
-        patch.setattr("trainer.serving.window_search._TILE", 8)
+        patch.setattr("trainer.model.retrieve.window_search_cpu._CELLS", cells)
+        patch.setattr("trainer.model.ops.top_products._ROWS", 2)
         found = per_window(made)(query)
     expected = made(query)
     assert torch.equal(found.mask, expected.mask)
     assert torch.equal(found.index, expected.index)
     for name in MARK_ROWS:
         assert torch.equal(getattr(found.marks, name), getattr(expected.marks, name))
-    handed_on = search == "dot" and kind not in ("heads", "mlp")
-    assert (found.score is not None) == handed_on
-    if found.score is not None:
-        again = scorer.of_kept(query.vectors, expected)[:, 0]
-        assert torch.allclose(found.score[found.mask], again[found.mask], atol=1e-5, rtol=1e-5)
 
 
-def test_a_long_history_goes_through_tiles_and_chunks(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4,000 behaviors, several tiles, a last one that is not full: the kept ones are the exact top K."""
+def test_a_long_history_goes_through_the_kernel(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,003 behaviors, many panels, a last one that is not full: the kept ones are those without it."""
     config = preset("dare", log, "data.history_length=5000", "model.k=20")
     serving = Serving(snapshot_of(config))
     rng = np.random.default_rng(0)
@@ -297,9 +271,8 @@ def test_a_long_history_goes_through_tiles_and_chunks(log: Path, monkeypatch: py
     request = replace(request, history=history, time=10**6 + 5)
     batch = serving.batch([request])
     assert batch.behaviors == n
-    monkeypatch.setattr("trainer.serving.window_search._FEWEST", 1)
-    monkeypatch.setattr("trainer.serving.window_search._CACHED", 2 * n)
     found = serving.snapshot.model.search(batch)["main"]
+    monkeypatch.setattr("trainer.model.retrieve.window_search_cpu.kernel", lambda: None)
     expected = snapshot_of(config).model.search(batch)["main"]
     assert torch.equal(found.index, expected.index) and bool(found.mask.all())
 

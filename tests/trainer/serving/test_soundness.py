@@ -10,20 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.logs import Shape, enrich, random_rows, write_log
 from tests.helpers.models import preset
+from tests.helpers.served import ROWS
 from tests.helpers.serving import bodies, service_of, serving, snapshot_of
 from trainer.log.schema import read_manifest
 from trainer.snapshot import Snapshot
 
-ROWS = enrich(random_rows(4, Shape(users=10)), 5)
 Patch = pytest.MonkeyPatch
 Body = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_log(tmp_path_factory.mktemp("sound") / "log", {"train": ROWS}, rich=True)
 
 
 @pytest.fixture

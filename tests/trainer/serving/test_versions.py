@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import embeddings.lookup.hot_rows as hot_rows_module
+import pipelines.serve.updates as updates_module
 from embeddings.errors import SnapshotError, TandemError, UnavailableError
 from pipelines.serve.metrics import Metrics
 from pipelines.serve.service import Service
@@ -98,7 +99,7 @@ def asked(scorer: Scorer) -> Request:
 def test_nothing_of_forty_old_versions_stays(root: Path) -> None:
     """Neither mappings nor memory, as soon as nobody scores with them; every one of them has scored."""
     versions = Versions(root)
-    files, known, before = len(mapped(root)), root / _SECOND, 0.0
+    files, known, before, objects = len(mapped(root)), root / _SECOND, 0.0, 0
     assert files > 3
     for switch in range(40):
         versions.scorer.score([asked(versions.scorer)], explain=True)
@@ -107,10 +108,12 @@ def test_nothing_of_forty_old_versions_stays(root: Path) -> None:
         assert versions.reload() and old() is None
         known = versions.scorer.snapshot.path
         if switch == 9:
-            before = own_mb()
+            before, objects = own_mb(), len(gc.get_objects())
     names = mapped(root)
     assert len(names) == files and not any("(deleted)" in name for name in names)
     assert own_mb() < before + 8
+    # Less than one object for each of the versions.
+    assert len(gc.get_objects()) < objects + 30
     assert versions.looks == {} and versions.latest_problem is None
 
 
@@ -140,6 +143,31 @@ def test_a_service_lets_go_of_what_it_served(made: Path, tmp_path: Path) -> None
         asyncio.run(run())
     finally:
         gc.enable()
+
+
+def test_memory_is_returned_once_nobody_scores_with_the_old_version(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returned: list[Scorer | None] = []
+    monkeypatch.setattr(updates_module, "_LAST_BODIES", 0.01)
+    monkeypatch.setattr(updates_module, "return_freed_memory", lambda: returned.append(old()))
+    service = Service(Versions(root), Metrics(), ServeSettings())
+    old = weakref.ref(service.versions.scorer)
+
+    async def run() -> None:
+        scoring = service.versions.scorer
+        assert not await service.updates.reload()
+        publish_copy(root, root / _SECOND)
+        assert await service.updates.reload()
+        await asyncio.sleep(0.05)
+        assert scoring is old() and not returned
+        del scoring
+        async with asyncio.timeout(20):
+            while not returned:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    assert returned == [None]
 
 
 @pytest.mark.usefixtures("no_collector")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -317,23 +318,21 @@ def test_stage_two_is_a_function_of_what_was_kept(log: Path, preset: str, alone:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling the head needs g++")
-@pytest.mark.parametrize(
-    ("preset", "path", "describes"),
-    [
-        ("dare", "code/ranking.pt2", "float32 [candidates, 4, 16], position int64 [candidates, 4]"),
-        ("din", "code/head.pt2", "float32 [candidates, 32]"),
-    ],
-)
-def test_machine_code_computes_what_the_model_does(
-    log: Path, tmp_path: Path, preset: str, path: str, describes: str
-) -> None:
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
+def test_machine_code_computes_what_the_model_does(log: Path, tmp_path: Path) -> None:
     """Compiled in a process of its own: the compiler's warnings are not ours to judge."""
-    run = save_run(tmp_path / "run", log, preset, "model.hidden=[8]")
+    run = save_run(tmp_path / "run", log, "dare", "model.hidden=[8]")
     words = ["export", "--run", str(run), "--out", str(tmp_path / "out"), "--aoti", "--parity-requests", "0"]
     done = tandemrec(*words, timeout=800)
     assert done.returncode == 0, done.stderr
-    snapshot = load_snapshot(tmp_path / "out")
+    _check_code(
+        tmp_path / "out", "code/ranking.pt2", "float32 [candidates, 4, 16], position int64 [candidates, 4]"
+    )
+
+
+def _check_code(out: Path, path: str, describes: str) -> None:
+    """The snapshot has one file of machine code, described so, which is not loaded once it was changed."""
+    snapshot = load_snapshot(out)
     (code,) = snapshot.manifest.code
     assert code.path == path and describes in code.describes
     file = snapshot.path / code.path
@@ -341,7 +340,42 @@ def test_machine_code_computes_what_the_model_does(
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(SnapshotError, match=r"pt2: does not match"):
-        load_snapshot(tmp_path / "out")
+        load_snapshot(out)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is traced is run as it is; compiling takes ten seconds, and one model is compiled above."""
+    traced: list[Any] = []
+
+    def save(program: Any, file: str) -> Any:
+        traced.append(program)
+        torch.export.save(program, file)
+        return program.module()
+
+    monkeypatch.setattr("trainer.snapshot.code.compile_package", save)
+    monkeypatch.setattr(shutil, "which", lambda _: "g++")
+    return traced
+
+
+def test_where_only_the_head_is_a_function_it_is_compiled_alone(
+    log: Path, tmp_path: Path, uncompiled: list[Any]
+) -> None:
+    run = save_run(tmp_path / "run", log, "din", "model.hidden=[8]")
+    export(run, tmp_path / "out", aoti=True, parity_requests=0)
+    assert len(uncompiled) == 1
+    _check_code(tmp_path / "out", "code/head.pt2", "float32 [candidates, 32]")
+
+
+def test_code_that_computes_something_else_is_refused(
+    log: Path, tmp_path: Path, uncompiled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del uncompiled
+    run = save_run(tmp_path / "run", log, "din", "model.hidden=[8]")
+    monkeypatch.setattr("trainer.snapshot.code.compile_package", lambda *_: lambda parts: parts[:, :1])
+    monkeypatch.setattr("trainer.snapshot.code.entry_of", lambda _: pytest.fail("it was taken"))
+    with pytest.raises(SnapshotError, match="the compiled model differs by"):
+        export(run, tmp_path / "out", aoti=True, parity_requests=0)
 
 
 def test_what_cannot_be_compiled_is_said_before_tables_are_written(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 import trainer.snapshot.rows as rows_module
@@ -231,3 +233,23 @@ def test_checks_say_how_far_they_are_and_leave_out_what_is_known(
     (tmp_path / "f2.safetensors").unlink()
     with pytest.raises(SnapshotError, match=r"f2\.safetensors: missing"):
         check_files(entries)
+
+
+def test_nothing_is_kept_of_a_small_file_that_was_read(tmp_path: Path) -> None:
+    """A server reads those of every new version: nothing may stay of each tensor, however little."""
+    tensors = {f"layer.{place}": torch.full((300, 3), float(place)) for place in range(20)}
+    save_file(tensors, tmp_path / "small")
+    for times in (10, 50):
+        blocks = sys.getallocatedblocks()
+        for _ in range(times):
+            found = rows_module.read_tensors(tmp_path, "small")
+    assert sys.getallocatedblocks() - blocks < 10 * len(tensors)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_larger_file_is_mapped(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(1 << 18)}, tmp_path / "large")
+    found = rows_module.read_tensors(tmp_path, "large")
+    assert str(tmp_path / "large") in Path("/proc/self/maps").read_text()
+    assert torch.equal(found["a"], torch.arange(1 << 18))

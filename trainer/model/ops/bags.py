@@ -38,6 +38,9 @@ def weighted_bags(rows_ND: Tensor, index_CK: Tensor, weight_CK: Tensor) -> Tenso
     if not _by_cpu(rows_ND, index_CK):
         with in_single_precision(rows_ND.device):
             return plain_weighted_bags(rows_ND, index_CK, weight_CK)
+    if not torch.is_grad_enabled():
+        # The same without a node of the graph.
+        return plain_weighted_bags(rows_ND, index_CK, weight_CK)
     out: Tensor = kept_rows.WeightedBags.apply(_CPU, rows_ND, index_CK, weight_CK)  # type: ignore[no-untyped-call]
     return out
 

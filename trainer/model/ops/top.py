@@ -180,7 +180,7 @@ def top_of_groups(
     """
     rows, width = score_CX.shape
     place, value = reaching(score_CX, best_CG, k, doubt)
-    return best_of_reaching(place, value, rows, width, k, last=last, doubt=doubt)[:2]
+    return best_of_reaching(place, value, rows, width, k, last=last, doubt=doubt)
 
 
 def reaching(score_CX: Tensor, best_CG: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Ints, Floats]:
@@ -197,34 +197,6 @@ def reaching(score_CX: Tensor, best_CG: Tensor, k: int, doubt: Doubt | None = No
     return place, score.reshape(-1)[place]
 
 
-def reaching_of_tiles(
-    score_TCG: Tensor, best_CG: Tensor, width: int, k: int, doubt: Doubt | None = None
-) -> tuple[Ints, Floats]:
-    """`reaching` of scores in tiles: those of column g * T + t are in tile t, -inf beyond the width.
-
-    Most groups of T columns hold none of the K best. Of the others alone columns are looked at.
-
-    Args:
-        best_CG: of each group, so that nothing but this is read of all of them.
-    """
-    tiles, groups = score_TCG.shape[0], score_TCG.shape[2]
-    best, fewer = best_CG.numpy(), best_of_groups(best_CG, groups_of(k)).numpy()
-    bound, with_nan = _kth(fewer, k), bool(np.isnan(fewer).any())
-    if doubt is not None:
-        bound = np.maximum(bound - _slack(doubt), _LEAST)
-    group = np.flatnonzero(~(best < bound) if with_nan else best >= bound)
-    row = group // groups
-    some_TM = score_TCG.view(tiles, -1).index_select(1, torch.from_numpy(group)).numpy()
-    bound = bound[row, 0]
-    reach_TM = ~(some_TM < bound) if with_nan else some_TM >= bound
-    reach = np.flatnonzero(reach_TM.T.ravel())
-    # Twice as fast as divmod.
-    at = reach // tiles
-    tile = reach - at * tiles
-    place = row * (width - groups * tiles) + group * tiles
-    return place[at] + tile, some_TM.reshape(-1)[tile * group.size + at]
-
-
 def best_of_reaching(
     place: Ints,
     value: Floats,
@@ -234,9 +206,8 @@ def best_of_reaching(
     *,
     last: bool = False,
     doubt: Doubt | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`top_of_groups` from what `reaching` found of all rows; and the scores, [rows, min(K, width)], 0 where
-    columns do not count."""
+) -> tuple[Tensor, Tensor]:
+    """`top_of_groups` from what `reaching` found of all rows."""
     hit = place
     if last:
         # The matrix from its end to its beginning, rows too.
@@ -255,18 +226,16 @@ def best_of_reaching(
         hit, value = hit[chosen], value[chosen]
         reach, _ = _filled(hit, rows, width)
     if reach.shape[1] == min(k, width) and reach.all():
-        mask, score = reach, value.reshape(reach.shape)
+        mask = reach
         column = hit.reshape(reach.shape) - np.arange(rows)[:, None] * width
     else:
         mask = np.zeros((rows, min(k, width)), dtype=bool)
         mask[:, : reach.shape[1]] = reach
         column = np.full(mask.shape, width - 1, dtype=np.int64)
         column[mask] = hit - np.repeat(np.arange(rows) * width, reach.sum(1))
-        score = np.zeros(mask.shape, dtype=np.float32)
-        score[mask] = value
     if last:
-        mask, column, score = mask[::-1].copy(), column[::-1].copy(), score[::-1].copy()
-    return torch.from_numpy(column), torch.from_numpy(mask), torch.from_numpy(score)
+        mask, column = mask[::-1].copy(), column[::-1].copy()
+    return torch.from_numpy(column), torch.from_numpy(mask)
 
 
 @dataclass(frozen=True)

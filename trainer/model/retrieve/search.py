@@ -23,10 +23,9 @@ from trainer.config.model import BranchKeys
 from trainer.model.ops.precision import in_single_precision, is_halved
 from trainer.model.ops.top import Doubt, ascending, top_columns
 from trainer.model.ops.traced import is_traced, stable_sort, traced_top_columns
-from trainer.model.retrieve import window_search
+from trainer.model.retrieve import slices, window_search, window_search_cpu
 from trainer.model.retrieve.exact import PairScores
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, Scorer
-from trainer.model.retrieve.slices import columns_of_slices, pays
 from trainer.model.sizes import BranchSizes
 from trainer.model.windows import Selection, Windows
 
@@ -198,8 +197,11 @@ def best_columns(query: Query, k: int, doubt: Doubt | None) -> tuple[Tensor, Ten
         # Without the windows' vectors side by side, and without asking the device.
         bias_WX = scorer.window_bias(vectors, windows)
         return window_search.best_columns(vectors.query_CD, vectors.key_ND, windows, bias_WX, k)
-    if isinstance(scorer, DotScorer) and doubt is not None and pays(scorer, vectors, windows):
-        return columns_of_slices(scorer, vectors, windows, k, doubt)
+    if isinstance(scorer, DotScorer) and doubt is not None:
+        if window_search_cpu.pays(scorer, vectors, windows):
+            return window_search_cpu.best_columns(scorer, vectors, windows, k, doubt)
+        if slices.pays(scorer, vectors, windows):
+            return slices.columns_of_slices(scorer, vectors, windows, k, doubt)
     # The plain form, of all scorers on all devices: scores of whole windows, then the best of them.
     score_CHX = scorer.over_windows(vectors, windows)
     if score_CHX.shape[1] == 1:

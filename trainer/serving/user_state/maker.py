@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,11 +20,10 @@ from torch import Tensor
 from embeddings.lookup.jagged import select_bags
 from trainer.data.batch import RequestBatch
 from trainer.model.branch import Branch
-from trainer.model.frame import Prediction, TwoStageModel
+from trainer.model.frame import TwoStageModel
 from trainer.model.known import KnownBehaviors
 from trainer.serving.request import Needs, Request
 from trainer.serving.user_state.cache import Outcome, StateCache
-from trainer.serving.user_state.predict import predict
 from trainer.serving.user_state.second_level import SecondLevel
 from trainer.serving.user_state.settings import UserStateSettings
 from trainer.serving.user_state.state import BLOCK, LINE, Stretch, UserState, block_of
@@ -83,7 +83,7 @@ class _Part:
 
 
 class StateMaker:
-    """Makes states for the requests of one snapshot, and keeps them. Calls of `model_for` must not overlap.
+    """Makes states for the requests of one snapshot, and keeps them. Calls must not overlap.
 
     Args:
         snapshot, needs: of the scorer.
@@ -116,17 +116,14 @@ class StateMaker:
         self._digest = hashlib.sha256(json.dumps(matters).encode()).digest()
         self._row = {} if self.off else self._one_row()
 
-    def model_for(self, requests: Sequence[Request]) -> Callable[[RequestBatch], Prediction] | None:
-        """What scores the batch of these requests, with rows in the place of ids; None: the model itself."""
+    def known_for(
+        self, requests: Sequence[Request]
+    ) -> Callable[[RequestBatch], KnownBehaviors | None] | None:
+        """What says what is known of the behaviors of these requests' batch; None: of none of them."""
         self.outcomes = {}
         if self.off or max(request.history.time.size for request in requests) < self.settings.least:
             return None
-
-        def model(batch: RequestBatch) -> Prediction:
-            known = self.known(requests, batch)
-            return self.model(batch) if known is None else predict(self.model, batch, known)
-
-        return model
+        return partial(self.known, requests)
 
     def known(self, requests: Sequence[Request], batch: RequestBatch) -> KnownBehaviors | None:
         """What is known of a batch's behaviors now; None where no request has a state.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,15 +14,13 @@ from tests.helpers.model_references import search_reference
 from tests.helpers.models import GROUPS, MARK_ROWS, draw, drawing
 from trainer.model.ops import top
 from trainer.model.ops.top import (
-    Doubt,
     best_of_groups,
-    reaching_of_tiles,
     top_columns,
     top_columns_by_keys,
     top_columns_by_topk,
     top_of_groups,
 )
-from trainer.model.retrieve import slices
+from trainer.model.retrieve import slices, window_search_cpu
 from trainer.model.retrieve.dot import DotSearch
 from trainer.model.retrieve.score import AttentionVectors, DotScorer
 from trainer.model.retrieve.search import Query
@@ -78,53 +75,6 @@ def test_top_columns_are_those_of_a_slow_sort(
             assert column[c][mask[c]].tolist() == wanted
             assert mask[c].tolist() == [j < len(wanted) for j in range(min(k, width))]
             assert (column[c][~mask[c]] == width - 1).all()
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    rows=st.integers(1, 5),
-    width=st.one_of(st.integers(1, 30), st.integers(150, 700)),
-    tiles=st.integers(1, 7),
-    k=st.integers(1, 12),
-    levels=st.sampled_from([1, 5, 10_000]),
-    empty=st.sampled_from([0.0, 0.3, 0.99, 1.0]),
-    nan=st.booleans(),
-    slack=st.sampled_from([None, 0.0, 2.0]),
-)
-def test_what_reaches_the_best_is_found_in_tiles_too(
-    seed: int,
-    rows: int,
-    width: int,
-    tiles: int,
-    k: int,
-    levels: int,
-    empty: float,
-    nan: bool,
-    slack: float | None,
-) -> None:
-    """Whatever the tiles hold of the K best and of what is as close, in order; and no column beyond."""
-    score = drawn_scores(seed, rows, width, levels, empty)
-    if nan:
-        score[0, seed % width] = torch.nan
-    doubt = None if slack is None else Doubt(torch.full((rows,), slack), lambda row, column: row.double())
-    tiles = min(tiles, width)
-    groups = -(-width // tiles)
-    padded = torch.nn.functional.pad(score, (0, groups * tiles - width), value=-torch.inf)
-    in_tiles = padded.unflatten(1, (groups, tiles)).permute(2, 0, 1).contiguous()
-    place, value = reaching_of_tiles(in_tiles, in_tiles.amax(0), width, k, doubt)
-    assert (np.diff(place) > 0).all()
-    real = value > -np.inf
-    real |= np.isnan(value)
-    assert np.array_equal(value[real], score.flatten().numpy()[place[real]], equal_nan=True)
-    found = set(place[real].tolist())
-    for c, row in enumerate(score.tolist()):
-        best = slow(row, k)
-        border = min((row[x] for x in best), default=torch.inf) if len(best) == k else -torch.inf
-        close = {x for x, each in enumerate(row) if each > -torch.inf and each >= border - (slack or 0.0)}
-        assert {c * width + x for x in {*best, *close}} <= found
-    if not nan and len(slow(score[0].tolist(), k)):
-        assert real.all()
 
 
 SPECIAL = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0, 1.0000001, -1.0)
@@ -218,12 +168,16 @@ def test_slices_keep_what_a_slow_search_keeps(
         patch.setattr(slices, "_CELLS", cells)
         patch.setattr(slices, "_WIDE", 4)
         patch.setattr(slices, "_MANY", 4 * longest // 2)
+        patch.setattr(window_search_cpu, "_LEAST", 0)
         assert slices.pays(scorer, query.vectors, made)
+        by_kernel = DotSearch(k)(query)
+        patch.setattr(window_search_cpu, "kernel", lambda: None)
+        assert not window_search_cpu.pays(scorer, query.vectors, made)
         sliced = DotSearch(k)(query)
     gathered = DotSearch(k)(replace(query, windows=replace(made, lengths=None)))
     with torch.no_grad():
         wanted = search_reference(query, k)
-    for kept in (sliced, gathered):
+    for kept in (by_kernel, sliced, gathered):
         assert torch.equal(kept.mask, wanted.mask) and torch.equal(kept.index, wanted.index)
         assert torch.equal(kept.marks.age, wanted.marks.age)
         assert (kept.index[~kept.mask] == 0).all()

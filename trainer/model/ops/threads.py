@@ -42,12 +42,15 @@ def in_threads(work: Callable[[int, int], T], parts: Sequence[int]) -> list[T]:
     """What `work` gives of each part and the number of the thread that does it, in the parts' order.
 
     There are as many threads as torch has, the caller among them. Torch does every part in one of them alone,
-    so that what it gives does not depend on how many there are. No gradients.
+    so that what it gives does not depend on how many there are. Parts of a part are not shared out. No
+    gradients.
     """
     with torch_alone():
         threads = min(_threads.get(), len(parts))
         if threads <= 1:
             return [work(part, 0) for part in parts]
+        # The others have a context of their own, in which there is one.
+        before = _threads.set(1)
         found: dict[int, T] = {}
         left, inference = iter(parts), torch.is_inference_mode_enabled()
 
@@ -60,6 +63,7 @@ def in_threads(work: Callable[[int, int], T], parts: Sequence[int]) -> list[T]:
         try:
             some(0)
         finally:
+            _threads.reset(before)
             problems = [other.exception() for other in others]
         for problem in filter(None, problems):
             raise problem

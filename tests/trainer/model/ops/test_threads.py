@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from trainer.serving.threads import in_threads, torch_alone
+from trainer.model.ops.threads import in_threads, torch_alone
 
 
 @pytest.fixture

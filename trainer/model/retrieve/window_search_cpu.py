@@ -1,0 +1,96 @@
+"""The K best behaviors of each candidate's window by inner products on the CPU, by its kernel.
+
+See `trainer.model.ops.top_products`. Keys are read where they lie: the window of a request is a stretch of
+the batch's behaviors, newest last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.model.ops.top import Doubt
+from trainer.model.ops.top_products import Piece, kernel, top_products
+from trainer.model.retrieve.score import AttentionVectors, DotScorer, Scorer
+from trainer.model.windows import Windows
+
+# Floats of a window's keys: below that, one product for all windows is cheaper than a call for each.
+_LEAST = 1 << 15
+# Scores of one window that are held at once, where something is added to each by itself.
+_CELLS = 1 << 20
+
+
+def pays(scorer: Scorer, vectors: AttentionVectors, windows: Windows) -> bool:
+    """Whether the kernel is there, scores are inner products of one head, and windows long, or one alone."""
+    (count, width), key_ND = windows.index.shape, vectors.key_ND
+    return (
+        isinstance(scorer, DotScorer)
+        and scorer.heads == 1
+        and key_ND.device.type == "cpu"
+        and key_ND.dtype == vectors.query_CD.dtype == torch.float32
+        and vectors.query_CD.shape[0] > 0
+        and (count == 1 or (_are_slices(scorer, windows) and width * key_ND.shape[1] >= _LEAST))
+        and kernel() is not None
+    )
+
+
+def best_columns(
+    scorer: DotScorer, vectors: AttentionVectors, windows: Windows, k: int, doubt: Doubt
+) -> tuple[Tensor, Tensor]:
+    """The K best columns of each candidate's window, ascending, and which count: both [C, K].
+
+    `doubt`: of all candidates and the columns of their windows.
+    """
+    slices = _are_slices(scorer, windows)
+    pieces = list(_slices(scorer, vectors, windows) if slices else _of_one(scorer, vectors, windows))
+    column, mask = top_products(vectors.query_CD, pieces, k, doubt, last=slices, by=kernel())
+    if slices and column.shape[1] < k:
+        column, mask = (F.pad(each, (0, k - column.shape[1])) for each in (column, mask))
+    return column, mask
+
+
+def _are_slices(scorer: Scorer, windows: Windows) -> bool:
+    return windows.lengths is not None and scorer.shares_bias
+
+
+def _slices(scorer: DotScorer, vectors: AttentionVectors, windows: Windows) -> Iterator[Piece]:
+    """A piece a window that holds something."""
+    assert windows.lengths is not None
+    bias_WX = scorer.window_bias(vectors, windows)
+    # Windows are newest first, slices newest last.
+    bias_WX = None if bias_WX is None else bias_WX.flip(1)
+    newest = windows.index[:, 0].tolist()
+    for window, (length, (first, last)) in enumerate(
+        zip(windows.lengths.tolist(), _rows(windows), strict=True)
+    ):
+        if length and last > first:
+            key_XD = vectors.key_ND[newest[window] + 1 - length : newest[window] + 1]
+            bias_X = None if bias_WX is None else bias_WX[window, bias_WX.shape[1] - length :]
+            yield Piece(first, last, key_XD, bias_X)
+
+
+def _of_one(scorer: DotScorer, vectors: AttentionVectors, windows: Windows) -> Iterator[Piece]:
+    """Pieces of the only window, as many as what is added to scores by itself is cut into."""
+    key_XD = F.embedding(windows.index[0], vectors.key_ND)
+    bias_WX = scorer.window_bias(vectors, windows)
+    if bias_WX is None and not bool(windows.mask.all()):
+        bias_WX = torch.zeros(windows.mask.shape).masked_fill(~windows.mask, -torch.inf)
+    bias_X = None if bias_WX is None else bias_WX[0]
+    count = vectors.query_CD.shape[0]
+    step = count if scorer.shares_bias else max(1, _CELLS // key_XD.shape[0])
+    for first in range(0, count, step):
+        some = slice(first, first + step)
+        chunk = replace(vectors, query_CD=vectors.query_CD[some], group_C=vectors.group_C[some])
+        beside = scorer._target_bias(chunk, replace(windows, of_candidate=windows.of_candidate[some]))
+        yield Piece(first, min(first + step, count), key_XD, bias_X, beside)
+
+
+def _rows(windows: Windows) -> Iterator[tuple[int, int]]:
+    """Of each window, its candidates [first, last)."""
+    counts = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0])
+    return pairwise([0, *counts.cumsum(0).tolist()])
