@@ -81,8 +81,7 @@ def kernel() -> Kernel | None:
         if path.is_file():
             library = ctypes.CDLL(str(path))
             size, at = ctypes.c_int64, ctypes.c_void_p
-            library.tandemrec_interface.restype = size
-            if library.tandemrec_interface() != _INTERFACE:
+            if getattr(library, "tandemrec_interface", int)() != _INTERFACE:
                 voice.say(
                     f"search: {path.name} was compiled from an earlier version and is not used, torch's own "
                     "operators are; `pip install --no-deps -e .` compiles it anew"
