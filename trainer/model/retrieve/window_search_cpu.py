@@ -19,22 +19,23 @@ from trainer.model.ops.top_products import Piece, kernel, top_products
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, Scorer
 from trainer.model.windows import Windows
 
-# Floats of a window's keys: below that, one product for all windows is cheaper than a call for each.
-_LEAST = 1 << 15
+# Floats of a window's keys, and candidates a window: below that, one product for all windows is cheaper than a
+# call for each.
+_LEAST, _FEWEST = 1 << 12, 32
 # Scores of one window that are held at once, where something is added to each by itself.
 _CELLS = 1 << 20
 
 
 def pays(scorer: Scorer, vectors: AttentionVectors, windows: Windows) -> bool:
     """Whether the kernel is there, scores are inner products of one head, and windows long, or one alone."""
-    (count, width), key_ND = windows.index.shape, vectors.key_ND
+    count, key_ND = windows.index.shape[0], vectors.key_ND
     return (
         isinstance(scorer, DotScorer)
         and scorer.heads == 1
         and key_ND.device.type == "cpu"
         and key_ND.dtype == vectors.query_CD.dtype == torch.float32
         and vectors.query_CD.shape[0] > 0
-        and (count == 1 or (_are_slices(scorer, windows) and width * key_ND.shape[1] >= _LEAST))
+        and (count == 1 or _many_slices(scorer, vectors, windows))
         and kernel() is not None
     )
 
@@ -52,6 +53,12 @@ def best_columns(
     if slices and column.shape[1] < k:
         column, mask = (F.pad(each, (0, k - column.shape[1])) for each in (column, mask))
     return column, mask
+
+
+def _many_slices(scorer: Scorer, vectors: AttentionVectors, windows: Windows) -> bool:
+    (count, width), dim = windows.index.shape, vectors.key_ND.shape[1]
+    enough = width * dim >= _LEAST and vectors.query_CD.shape[0] >= _FEWEST * count
+    return enough and _are_slices(scorer, windows)
 
 
 def _are_slices(scorer: Scorer, windows: Windows) -> bool:

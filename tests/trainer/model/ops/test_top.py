@@ -169,6 +169,7 @@ def test_slices_keep_what_a_slow_search_keeps(
         patch.setattr(slices, "_WIDE", 4)
         patch.setattr(slices, "_MANY", 4 * longest // 2)
         patch.setattr(window_search_cpu, "_LEAST", 0)
+        patch.setattr(window_search_cpu, "_FEWEST", 0)
         assert slices.pays(scorer, query.vectors, made)
         by_kernel = DotSearch(k)(query)
         patch.setattr(window_search_cpu, "kernel", lambda: None)
