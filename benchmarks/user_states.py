@@ -1,9 +1,9 @@
 """How fast a user is scored whose state is kept, by the rate of hits, and what a state takes (user_states.md)
 
-The scorer alone, with random weights: one id feature, 500 candidates, as in `serve`. At a rate of hits, some
-calls are of users whose states are there and others of users who were never seen, in an order that the seed
-draws; `extended`: each call brings one more behavior of its user. Kinds run in turn. --config is a TOML of
-`UserStateBench`.
+The scorer alone, with random weights: one id feature, 500 candidates, as in `serve`, of which this is a part.
+At a rate of hits, some calls are of users whose states are there and others of users who were never seen, in
+an order that the seed draws; `extended`: each call brings one more behavior of its user. Kinds run in turn.
+--config is a TOML of `UserStateBench`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import PositiveInt
 
 from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
-from benchmarks.serve import ServeBench, make_request, make_scorer
+from benchmarks.serve.scorer import ScorerBench, make_request, make_scorer
 from trainer.config.toml import Settings, load_settings
 from trainer.serving.request import Request
 from trainer.serving.scorer import Scorer
@@ -42,7 +42,7 @@ class UserStateBench(Settings):
     Attributes:
         length: L of every history; dim, width: of the attention vectors and of the representation.
         rows: of each table; candidates: of a request; calls: of a round; threads: of torch.
-        rates: of hits.
+        rates: of hits. kept: whether states have rows of the representation, one kind of states each.
     """
 
     length: PositiveInt = 10_000
@@ -53,6 +53,7 @@ class UserStateBench(Settings):
     calls: PositiveInt = 20
     threads: tuple[PositiveInt, ...] = (1, 2)
     rates: tuple[float, ...] = (0.0, 0.5, 0.9, 1.0)
+    kept: tuple[bool, ...] = (True, False)
 
 
 @dataclass(frozen=True)
@@ -69,25 +70,32 @@ def main(words: Sequence[str]) -> None:
     settings = load_settings(UserStateBench, given.config, given.overrides)
     report = Report(given, "States of users", seed=0)
     report.facts = settings.model_dump()
-    kinds, before = list(_kinds(settings)), torch.get_num_threads()
-    for threads in settings.threads:
-        torch.set_num_threads(threads)
-        rows = _measured(kinds, given.repeats)
-        report.line(f"threads: {threads}")
-        report.table(_COLUMNS, rows)
-        report.rows += [{**row, "threads": threads} for row in rows]
-        plain, *others = rows
-        for row in others:
-            report.ratios[f"{row['name']}, {threads} threads"] = row["cpu_ms"] / plain["cpu_ms"]
-    torch.set_num_threads(before)
+    measure_states(settings, given.repeats, report)
     report.line("processor time as a share of that without states:")
     report.show_ratios(2)
     report.close()
 
 
+def measure_states(settings: UserStateBench, repeats: int, report: Report) -> None:
+    """Every kind of states and rate of hits, in turn."""
+    kinds, before = list(_kinds(settings)), torch.get_num_threads()
+    for threads in settings.threads:
+        torch.set_num_threads(threads)
+        rows = _measured(kinds, repeats)
+        told = f"{settings.length:,} behaviors, {settings.candidates} candidates, attention {settings.dim}"
+        report.line(f"States of users, {told}, threads: {threads}")
+        report.table(_COLUMNS, rows)
+        report.line()
+        report.rows += [{**row, "threads": threads} for row in rows]
+        plain, *others = rows
+        for row in others:
+            report.ratios[f"{row['name']}, {threads} threads"] = row["cpu_ms"] / plain["cpu_ms"]
+    torch.set_num_threads(before)
+
+
 def _kinds(settings: UserStateBench) -> Iterator[_Kind]:
     """The first is without states."""
-    serving = ServeBench(
+    serving = ScorerBench(
         rows=settings.rows,
         lengths=(settings.length,),
         compare=settings.length,
@@ -107,7 +115,8 @@ def _kinds(settings: UserStateBench) -> Iterator[_Kind]:
 
     plain = scorer(None)
     yield _Kind("without states", plain, lambda: iter([request] * settings.calls))
-    for name, kept in (("", True), ("no representation, ", False)):
+    for kept in settings.kept:
+        name = "" if kept else "no representation, "
         made = scorer(UserStateSettings(representation=kept))
         strangers, rng = count(2), np.random.default_rng(0)
         for rate in settings.rates:

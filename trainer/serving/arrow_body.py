@@ -33,6 +33,13 @@ from trainer.serving.scorer import Answer
 from trainer.serving.vocabulary import Translation, check_text
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
+# Places of a request in JSON whose columns have other names.
+_COLUMNS = {
+    "time": "request_timestamp",
+    "history.timestamp": "history_timestamp",
+    "history": "history_*",
+    "candidates": "candidate_*",
+}
 
 
 def read_arrow(
@@ -176,6 +183,13 @@ class ArrowForm(RequestForm):
     def where(self, column: str) -> str:
         """A column of this row, for messages."""
         return f"{self.place}, column {column}"
+
+    def at(self, path: str) -> str:
+        """The column; of a part with several columns, the name that all of them begin with."""
+        for part in self.needs.parts:
+            if path.startswith(f"{part.path}."):
+                return self.where(part.prefix + path.removeprefix(f"{part.path}."))
+        return self.where(_COLUMNS.get(path, path.rpartition(".")[2]))
 
     def time(self) -> int | None:
         return self._integer("request_timestamp")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,42 +13,46 @@ from trainer.log.bags import Bags, Ints
 from trainer.serving.request import History, Limits, Needs, Part, Request, RequestError
 
 
-def check_request(request: Request, needs: Needs, limits: Limits, place: str) -> Request:
+def check_request(request: Request, needs: Needs, limits: Limits, at: Callable[[str], str]) -> Request:
     """The request with what the model needs alone.
+
+    Args:
+        at: names a place in the request, for messages; see `trainer.serving.form.RequestForm.at`.
 
     Raises:
         RequestError: 413 above a limit; 422 with the feature, its place and range for anything else.
     """
     history, n = request.history, int(request.history.time.size)
-    _check_limit(request.count, limits.candidates, f"{place}.candidates", "candidates", "limits.candidates")
+    _check_limit(request.count, limits.candidates, at("candidates"), "candidates", "limits.candidates")
     if not request.count:
-        raise RequestError(422, f"{place}.candidates: there is none")
-    check_times(history.time, needs.latest, f"{place}.history.timestamp")
+        raise RequestError(422, f"{at('candidates')}: there is none")
+    check_times(history.time, needs.latest, at("history.timestamp"))
     if not 0 <= request.time <= needs.latest:
-        check_times(np.array([request.time]), needs.latest, f"{place}.time")
+        check_times(np.array([request.time]), needs.latest, at("time"), several=False)
     start, end = _window(history, request.time, needs)
-    _check_limit(end - start, limits.history, f"{place}.history", "behaviors", "limits.history")
+    _check_limit(end - start, limits.history, at("history"), "behaviors", "limits.history")
 
     def ids(part: Part, given: Mapping[str, Bags], count: int) -> dict[str, Bags]:
         """The known features of a part of `count` behaviors, candidates or requests."""
-        where = f"{place}.{part.path}"
         missing = [name for name in part.needed if name not in given]
         if missing and count:
             needed = ", ".join(part.needed)
-            raise RequestError(422, f"{where}.{missing[0]}: missing; the snapshot needs {needed}")
+            where = at(f"{part.path}.{missing[0]}")
+            raise RequestError(422, f"{where}: missing; the snapshot needs {needed}")
         names = [name for name in part.known if name in given]
-        return {name: _checked_bags(name, given[name], count, needs, limits, where) for name in names}
+        places = {name: at(f"{part.path}.{name}") for name in names}
+        return {n: _checked_bags(n, given[n], count, needs, limits, places[n]) for n in names}
 
     behaviors = ids(needs.history, history.features, n)
     candidates = ids(needs.candidates, request.candidates, request.count)
     context = ids(needs.context, request.context, 1)
-    clusters = _checked_clusters(history, needs, place)
+    clusters = _checked_clusters(history, needs, at)
     return replace(
         request,
         history=History(history.time, behaviors, *clusters),
         candidates=candidates,
         context=context,
-        numeric={name: _numbers(request, name, place) for name in needs.numeric.known},
+        numeric={n: _numbers(request, n, at(f"{needs.numeric.path}.{n}")) for n in needs.numeric.known},
     )
 
 
@@ -95,8 +99,11 @@ def _check_limit(count: int, most: int, place: str, what: str, option: str) -> N
         raise RequestError(413, f"{place}: {count:,} {what}, the server takes {most:,} ({option})")
 
 
-def check_times(times: Ints, latest: int, place: str) -> None:
+def check_times(times: Ints, latest: int, place: str, several: bool = True) -> None:
     """Unix seconds, ascending.
+
+    Args:
+        several: whether they are a list, in which messages name the wrong one's place.
 
     Raises:
         RequestError: 422 for another unit, times before 1970, or another order.
@@ -106,7 +113,7 @@ def check_times(times: Ints, latest: int, place: str) -> None:
     # As unsigned numbers negative times are the largest, so that one pass finds both.
     if times.view(np.uint64).max() > latest:
         at = int(np.flatnonzero((times < 0) | (times > latest))[0])
-        where = f"{place}[{at}]" if place.endswith("timestamp") else place
+        where = f"{place}[{at}]" if several else place
         problem = f"{times[at]} is no time in unix seconds{_unit_hint(int(times[at]))}"
         raise RequestError(422, f"{where}: {problem}")
     falls = np.flatnonzero(times[1:] < times[:-1])
@@ -125,7 +132,6 @@ def _unit_hint(time: int) -> str:
 
 def _checked_bags(name: str, bags: Bags, count: int, needs: Needs, limits: Limits, place: str) -> Bags:
     """The ids of `count` behaviors, candidates or requests, without offsets where each has exactly one."""
-    place = f"{place}.{name}"
     if bags.size != count:
         raise RequestError(422, f"{place}: {bags.size:,} entries, expected {count:,}")
     if bags.offsets is not None:
@@ -152,20 +158,21 @@ def _checked_bags(name: str, bags: Bags, count: int, needs: Needs, limits: Limit
     return bags
 
 
-def _checked_clusters(history: History, needs: Needs, place: str) -> tuple[Ints | None, Ints | None]:
+def _checked_clusters(
+    history: History, needs: Needs, at: Callable[[str], str]
+) -> tuple[Ints | None, Ints | None]:
     if not needs.clusters:
         return None, None
     size, time = history.cluster_size, history.cluster_time
     for name, part in (("cluster_size", size), ("cluster_time", time)):
         if part is None or part.size != history.time.size:
-            raise RequestError(422, f"{place}.history.{name}: one for each behavior is needed")
+            raise RequestError(422, f"{at(f'history.{name}')}: one for each behavior is needed")
     if size is not None and size.size and size.min() < 0:
-        raise RequestError(422, f"{place}.history.cluster_size: negative")
+        raise RequestError(422, f"{at('history.cluster_size')}: negative")
     return size, time
 
 
 def _numbers(request: Request, name: str, place: str) -> Floats:
-    place = f"{place}.numeric.{name}"
     if name not in request.numeric:
         raise RequestError(422, f"{place}: missing; the snapshot needs it")
     given = request.numeric[name]

@@ -28,6 +28,14 @@ class RequestForm(ABC):
     def __init__(self, needs: Needs, translation: Translation | None, place: str) -> None:
         self.needs, self.translation, self.place = needs, translation, place
 
+    def at(self, path: str) -> str:
+        """A place in this request as its client knows it, for messages.
+
+        Args:
+            path: as in JSON, such as `history.timestamp`.
+        """
+        return f"{self.place}.{path}"
+
     @abstractmethod
     def user(self) -> pa.Array | None:
         """One integer or one text; None: the request names no user."""
@@ -69,16 +77,16 @@ class RequestForm(ABC):
         timestamp = self.per_behavior("timestamp")
         if needs.users and timestamp is not None and (user is None or is_text(user.type)):
             problem = "give the user's number, since this model compares candidates with vectors of users"
-            raise RequestError(422, f"{self.place}.user_id: {problem}")
+            raise RequestError(422, f"{self.at('user_id')}: {problem}")
         if timestamp is None:
             if user is None:
                 problem = "give a history, or a user_id where the server has histories"
                 raise RequestError(422, f"{self.place}: {problem}")
             if not stored:
                 problem = "missing, and this server was started without --histories"
-                raise RequestError(422, f"{self.place}.history: {problem}")
+                raise RequestError(422, f"{self.at('history')}: {problem}")
             names = None if self.translation is None else self.translation.users
-            number = known_user(stored, user, names, f"{self.place}.user_id")
+            number = known_user(stored, user, names, self.at("user_id"))
             history = stored[number]
         else:
             # A user whose history is sent along need not be known: 0 stands for a name.
@@ -100,7 +108,7 @@ class RequestForm(ABC):
             numeric={n: self.numbers(n) for n in needs.numeric.known if self.has(needs.numeric, n)},
             unknown={} if self.translation is None else self.translation.unknown,
         )
-        return check_request(request, needs, limits, self.place)
+        return check_request(request, needs, limits, self.at)
 
     def own_ids(self, feature: str, given: pa.Array, place: str) -> Ints | None:
         """Ids of a feature whose ids come and go; None: it has no such ids, or a vocabulary says them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from embeddings.errors import hint_of
 from trainer.log.schema import CLUSTER_COLUMNS, REQUEST_COLUMNS
 from trainer.serving.exploration import ExplorationFields
 from trainer.serving.request import RequestError
@@ -37,8 +38,8 @@ def check_columns(given: Iterable[str], needed: Iterable[str], what: str) -> Non
         if name in _COLUMNS or name.startswith(_PREFIXES):
             continue
         problem = f"{what} {name[:_LONGEST]}: no such {what} is known"
-        near = get_close_matches(name[:_LONGEST], [*_COLUMNS, *needed], 1)
-        hint = f"did you mean {near[0]}?" if near else f"features begin with {', '.join(_PREFIXES[:4])}"
+        otherwise = f"features begin with {', '.join(_PREFIXES[:4])}"
+        hint = hint_of(name[:_LONGEST], [*_COLUMNS, *needed], otherwise)
         raise RequestError(422, f"{problem}; {hint}")
 
 

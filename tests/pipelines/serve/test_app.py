@@ -153,7 +153,16 @@ REFUSED = [
         "requests[0].history.features.category_id[2]: id 9 lies outside [0, 9)",
     ),
     (change("context.city", 7), 422, "requests[0].context.city[0]: id 7 lies outside [0, 7)"),
-    (change("candidates.item_id.0", 2**63), 422, "requests[0].candidates.item_id"),
+    (
+        change("candidates.item_id.0", 2**63),
+        422,
+        "requests[0].candidates.item_id[0]: must be a valid integer of 64 bits",
+    ),
+    (
+        change("history.timestamp.0", -(2**63) - 1),
+        422,
+        "requests[0].history.timestamp[0]: must be a valid integer of 64 bits",
+    ),
     (change("candidates.item_id.0", "1"), 422, "requests[0].candidates.item_id"),
     (change("candidates.item_id.0", 1.5), 422, "requests[0].candidates.item_id"),
     (change("candidates.item_id", None), 422, "requests[0].candidates.item_id: missing; the snapshot needs"),

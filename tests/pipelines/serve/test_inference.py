@@ -200,7 +200,7 @@ def change(tensor: str, /, **parts: Any) -> Callable[[Body], None]:
 
 
 REFUSED: list[tuple[Callable[[Body], None], int, str]] = [
-    (drop("candidate_item_id"), 422, "requests[0].candidates.item_id: missing"),
+    (drop("candidate_item_id"), 422, "tensor candidate_item_id: missing"),
     (drop("candidate_tags"), 422, "tensor candidate_tags.lengths: there is no tensor candidate_tags"),
     (drop("candidate_tags.lengths"), 422, "entries, expected"),
     (change("candidate_item_id", shape=[2, 2]), 422, "a call is one request, expected [n] or [1, n]"),

@@ -98,7 +98,8 @@ def test_a_feature_of_one_id_has_exactly_one(
                     said = [await post(client, of(fine)), await post(client, stream(table), ARROW)]
                     if changed:
                         assert [status for status, _ in said] == [422, 422]
-                        assert all(f"requests[0].{where}.item_id[1]: " in text for _, text in said)
+                        assert f"requests[0].{where}.item_id[1]: " in said[0][1]
+                        assert f"requests[0], column {column}_item_id[1]: " in said[1][1]
                         assert all("the feature has exactly one" in text for _, text in said)
                     else:
                         assert (await client.score(fine))["results"] == expected
@@ -107,8 +108,11 @@ def test_a_feature_of_one_id_has_exactly_one(
             fine["context"]["city"] = ids
             table = arrow({**fine, "context": {**fine["context"], "city": 1}})
             table = table.drop_columns("context_city").append_column("context_city", pa.array([ids], LISTS))
-            for said in (await post(client, of(fine)), await post(client, stream(table), ARROW)):
-                assert said[0] == 422 and "requests[0].context.city[0]: " in said[1]
+            for said, where in (
+                (await post(client, of(fine)), ".context.city"),
+                (await post(client, stream(table), ARROW), ", column context_city"),
+            ):
+                assert said[0] == 422 and f"requests[0]{where}[0]: " in said[1]
 
     asyncio.run(run())
 
@@ -138,10 +142,14 @@ def test_times_are_seconds(snapshot: Snapshot, monkeypatch: Patch, fine: Body, t
         async with serving(service_of(snapshot, monkeypatch)) as client:
             times = [*fine["history"]["timestamp"][:-1], time]
             history = {**fine, "history": {**fine["history"], "timestamp": times}}
-            for body, where in (({**fine, "time": time}, "time: "), (history, "history.timestamp[")):
+            for body, where, column in (
+                ({**fine, "time": time}, "time: ", "request_timestamp: "),
+                (history, "history.timestamp[", "history_timestamp["),
+            ):
                 said = [await post(client, of(body)), await post(client, stream(arrow(body)), ARROW)]
-                for status, text in said:
-                    assert status == 422 and f"requests[0].{where}" in text and hint in text
+                places = (f"requests[0].{where}", f"requests[0], column {column}")
+                for (status, text), place in zip(said, places, strict=True):
+                    assert status == 422 and place in text and hint in text
 
     asyncio.run(run())
 
@@ -236,7 +244,7 @@ def test_misspelled_columns_are_refused(fine: Body, needs: Needs, name: str) -> 
     table = arrow(fine).append_column(name, pa.array([1]))
     status, problem = refusal(stream(table), needs)
     assert status == 422 and problem.startswith(f"column {name}: no such column is known; ")
-    near = {"histroy_x": "", "something": ""}.get(name, "did you mean request_timestamp?")
+    near = {"histroy_x": "", "something": ""}.get(name, "did you mean 'request_timestamp'?")
     assert near in problem
 
 

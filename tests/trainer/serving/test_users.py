@@ -105,7 +105,7 @@ def test_a_user_is_found_by_name(log: Path, monkeypatch: pytest.MonkeyPatch) -> 
             assert await refused(client, "z", plain) == (404, "no stored history of user 'z'")
             assert await refused(client, "x" * 99, plain) == (404, f"no stored history of user '{'x' * 80}'")
             answer = await by_arrow(client, plain, pa.array(["u_0017", "nobody"]))
-            assert answer["error"] == "requests[1].user_id: no stored history of user 'nobody'"
+            assert answer["error"] == "requests[1], column user_id: no stored history of user 'nobody'"
             integer = "is an integer, and the users of the histories' log are text"
             assert await refused(client, USER, plain) == (422, integer)
             assert integer in (await by_arrow(client, plain, pa.array([USER])))["error"]

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.harness.report import Row
 from benchmarks.harness.server_process import ServerProcess
-from benchmarks.load.client import LoadSpec
+from benchmarks.serve.client import LoadSpec
 from embeddings.errors import TandemError
 
 _ROOT = Path(__file__).parents[2]
@@ -60,14 +60,14 @@ def measured(server: ServerProcess, load: Load, seconds: float) -> Row:
     before = server.cpu_seconds()
     found = _client(spec)
     cpu = server.cpu_seconds() - before
-    return _row(found, cpu, spec)
+    return _row(found, cpu)
 
 
 def _client(spec: LoadSpec) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "load.json"
         file.write_text(spec.model_dump_json())
-        command = [sys.executable, "-m", "benchmarks.load.client", str(file)]
+        command = [sys.executable, "-m", "benchmarks.serve.client", str(file)]
         done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise TandemError(f"the client failed: {done.stderr[-1000:]}")
@@ -75,15 +75,13 @@ def _client(spec: LoadSpec) -> dict[str, Any]:
         return found
 
 
-def _row(found: dict[str, Any], cpu: float, spec: LoadSpec) -> Row:
+def _row(found: dict[str, Any], cpu: float) -> Row:
     latencies = 1e3 * np.array(found["latencies"])
     if not latencies.size:
         raise TandemError(f"no request was answered: {found['outcomes']}")
     p50, p99, p999 = np.quantile(latencies, [0.5, 0.99, 0.999]).tolist()
     outcomes = found["outcomes"]
     asked = sum(outcomes.values())
-    # The warm-up is in the processor's seconds too.
-    answered = latencies.size * (spec.seconds + spec.warm) / spec.seconds
     return {
         "rate": latencies.size / found["seconds"],
         "p50_ms": p50,
@@ -92,7 +90,8 @@ def _row(found: dict[str, Any], cpu: float, spec: LoadSpec) -> Row:
         "errors": asked - latencies.size,
         "error_kinds": {kind: count for kind, count in outcomes.items() if kind != "200"},
         "asked": asked,
-        "cpu_ms": 1e3 * cpu / answered,
+        # Answers that do not count took processor seconds too.
+        "cpu_ms": 1e3 * cpu / found["answered"],
         "client_cores": found["client_cores"],
         "late_ms": 1e3 * float(np.quantile(found["late"], 0.99)) if found["late"] else 0.0,
     }

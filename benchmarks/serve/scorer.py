@@ -1,11 +1,4 @@
-"""How fast a snapshot scores one user's candidates, beside other implementations (serving.md)
-
-Score, split into search and ranking; other implementations of the same weights; and how long a server takes
-to start on large tables. All on one thread with random weights. Kinds run in turn, four times as often where
-histories are no longer than `compare`. Processor seconds stand beside those of the wall, because other work
-on the machine disturbs them less; ratios are of processor seconds. The other implementations are measured in
-fp32. The server under load is `tandemrec bench load`. --config is a TOML of `ServeBench`.
-"""
+"""How fast a snapshot scores one user's candidates, beside other implementations; the start of a server."""
 
 from __future__ import annotations
 
@@ -23,7 +16,6 @@ import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
-from benchmarks.harness.options import Options
 from benchmarks.harness.report import Report, Row
 from benchmarks.harness.timing import one_thread, rounds, seconds_of
 from benchmarks.inputs.random_snapshot import measure_start
@@ -34,7 +26,7 @@ from embeddings.lookup.plain import PlainBagCollection
 from embeddings.lookup.stored import Dtype, to_stored
 from trainer.assemble import build_model
 from trainer.config.tasks import resolve_tasks
-from trainer.config.toml import Settings, load_settings
+from trainer.config.toml import Settings
 from trainer.log.bags import Bags
 from trainer.run_config import Config
 from trainer.serving.request import History, Request
@@ -47,11 +39,10 @@ Scorers = dict[tuple[Dtype, int], Scorer]
 _FEATURE = "item_id"
 _NUMBERS = ("p50_ms", "p99_ms", "cpu_ms", "search_cpu_ms", "ranking_cpu_ms")
 _STARTS = ("start_s", "start_cpu_s", "resident_mb", "private_mb")
-_COLUMNS = {"one thread": "{name}", **{key: f"{{{key}:.2f}}" for key in (*_NUMBERS, *_STARTS)}}
 
 
-class ServeBench(Settings):
-    """The settings of this benchmark.
+class ScorerBench(Settings):
+    """What is scored, and by which scorers.
 
     Attributes:
         rows: of each table; lengths: L of the history; dims: widths of the attention vectors.
@@ -63,8 +54,8 @@ class ServeBench(Settings):
 
     rows: PositiveInt = 1_000_000
     lengths: tuple[PositiveInt, ...] = (1_000, 10_000, 50_000)
-    dims: tuple[PositiveInt, ...] = (16, 32, 64, 128)
-    dtypes: tuple[Dtype, ...] = ("fp32", "fp16", "int8")
+    dims: tuple[PositiveInt, ...] = (16, 64)
+    dtypes: tuple[Dtype, ...] = ("fp32", "int8")
     width: PositiveInt = 128
     candidates: PositiveInt = 500
     k: PositiveInt = 50
@@ -95,29 +86,67 @@ _RECORDED = SimpleNamespace(batch=SimpleNamespace(request_time=torch.zeros(0)))
 
 
 @one_thread()
-def main(words: Sequence[str]) -> None:
-    given = Options("serve", __doc__).measuring(config=False).read(words)
-    settings, repeats = load_settings(ServeBench, given.config, given.overrides), given.repeats
-    report = Report(given, "Serving", seed=0)
-    report.facts = settings.model_dump()
-    torch.manual_seed(0)
-    representation = torch.randn(settings.rows, settings.width) * 0.1
-    tables = {dim: torch.randn(settings.rows, dim) * 0.3 for dim in settings.dims}
+def measure_scorer(settings: ScorerBench, repeats: int, report: Report) -> None:
+    """Times of a request by length, type of the tables and width of the attention."""
+    tables = _Tables.of(settings)
     scorers: Scorers = {}
     for dtype in settings.dtypes:
-        stored = to_stored(representation, dtype)
-        for dim, table in tables.items():
+        stored = to_stored(tables.representation, dtype)
+        for dim, table in tables.attention.items():
             scorers[dtype, dim] = make_scorer(settings, (to_stored(table, dtype), dim), stored)
-    _measure_scores(settings, scorers, repeats, report)
-    _compare(settings, tables, representation, repeats, report)
-    report.rows += _measure_starts(settings, scorers)
-    report.table(_COLUMNS, report.rows)
-    report.show_ratios()
-    report.close()
+    rows = _measure_scores(settings, scorers, repeats, report)
+    columns = {"one thread": "{name}", **{key: f"{{{key}:.2f}}" for key in _NUMBERS}}
+    _show(report, "The scorer alone, one thread:", columns, rows)
+
+
+@one_thread()
+def measure_others(settings: ScorerBench, repeats: int, report: Report) -> None:
+    """The scorer and other implementations of the same weights."""
+    rows = _compare(settings, _Tables.of(settings), repeats, report)
+    columns = {"one thread": "{name}", "CPU ms": "{cpu_ms:.2f}", "to the scorer": "{to_scorer:.2f}"}
+    _show(report, "Other ways to serve the same weights, one thread, fp32:", columns, rows)
+
+
+def measure_starts(settings: ScorerBench, report: Report) -> None:
+    """The start of a server on tables of `start_rows` rows, in each type."""
+    if not settings.start_rows:
+        return
+    dim = min(settings.dims)
+    config, groups = _model(settings, dim, dim, max(settings.start_rows, settings.rows))
+    small = settings.model_copy(update={"rows": 1_000})
+    table = torch.zeros(small.rows, dim)
+    batch = make_scorer(small, (table, dim), torch.zeros(small.rows, settings.width)).batch(
+        [make_request(small, min(settings.lengths))]
+    )
+    rows = [measure_start(config, groups, batch, dtype) for dtype in settings.dtypes]
+    columns = {"": "{name}", **{key: f"{{{key}:.2f}}" for key in _STARTS}}
+    _show(report, f"The start of a server, two tables of {settings.start_rows:,} rows:", columns, rows)
+
+
+def _show(report: Report, heading: str, columns: Mapping[str, str], rows: Sequence[Row]) -> None:
+    report.line(heading)
+    report.table(columns, rows)
+    report.line()
+    report.rows += rows
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Random tables: of the attention, by their widths, and of the representation."""
+
+    attention: Mapping[int, torch.Tensor]
+    representation: torch.Tensor
+
+    @staticmethod
+    def of(settings: ScorerBench) -> _Tables:
+        torch.manual_seed(0)
+        representation = torch.randn(settings.rows, settings.width) * 0.1
+        attention = {dim: torch.randn(settings.rows, dim) * 0.3 for dim in settings.dims}
+        return _Tables(attention, representation)
 
 
 def make_scorer(
-    settings: ServeBench, attention: tuple[torch.Tensor, int] | None, representation: torch.Tensor
+    settings: ScorerBench, attention: tuple[torch.Tensor, int] | None, representation: torch.Tensor
 ) -> Scorer:
     """A scorer of these tables.
 
@@ -138,7 +167,7 @@ def make_scorer(
 
 
 def _model(
-    settings: ServeBench, width: int, attention: int, rows: int
+    settings: ScorerBench, width: int, attention: int, rows: int
 ) -> tuple[Config, dict[str, TableGroup]]:
     """A config like DARE's, with one feature and without time; an attention of width 0 means no search."""
     dims = {"representation": width} | ({"attention": attention} if attention else {})
@@ -159,7 +188,7 @@ def _model(
     return config, {n: TableGroup(n, (TableSpec(_FEATURE, rows, dim),)) for n, dim in dims.items()}
 
 
-def make_request(settings: ServeBench, length: int) -> Request:
+def make_request(settings: ScorerBench, length: int) -> Request:
     rng = np.random.default_rng(length)
     history = rng.integers(0, settings.rows, length)
     candidates = Bags(rng.integers(0, settings.rows, settings.candidates))
@@ -175,8 +204,12 @@ def make_request(settings: ServeBench, length: int) -> Request:
     )
 
 
-def _measure_scores(settings: ServeBench, scorers: Scorers, repeats: int, report: Report) -> None:
-    """Measure every length, type and width, by both clocks in turn."""
+def _measure_scores(settings: ScorerBench, scorers: Scorers, repeats: int, report: Report) -> list[Row]:
+    """Measure every length, type and width, by both clocks in turn.
+
+    Kinds run four times as often where histories are no longer than `compare`.
+    """
+    rows: list[Row] = []
     for length in settings.lengths:
         request = make_request(settings, length)
         taken: dict[tuple[Dtype, int, str], list[tuple[float, float]]] = {
@@ -193,12 +226,13 @@ def _measure_scores(settings: ServeBench, scorers: Scorers, repeats: int, report
         for dtype, dim in scorers:
             name = f"score, L {length:,}, {dtype}, attention {dim}"
             row = _score_row(name, taken[dtype, dim, "wall"], taken[dtype, dim, "cpu"])
-            report.rows.append({**row, "length": length, "dtype": dtype, "dim": dim})
+            rows.append({**row, "length": length, "dtype": dtype, "dim": dim})
             search[dtype, dim] = row["search_cpu_ms"]
         for dtype in settings.dtypes:
             for narrow, wide in itertools.pairwise(sorted(settings.dims)):
                 ratio = search[dtype, wide] / search[dtype, narrow]
                 report.ratios[f"search_{wide}_to_{narrow}_at_{length}_{dtype}"] = ratio
+    return rows
 
 
 def _score_row(name: str, wall: Sequence[tuple[float, float]], cpu: Sequence[tuple[float, float]]) -> Row:
@@ -214,15 +248,10 @@ def _score_row(name: str, wall: Sequence[tuple[float, float]], cpu: Sequence[tup
     }
 
 
-def _compare(
-    settings: ServeBench,
-    tables: Mapping[int, torch.Tensor],
-    representation: torch.Tensor,
-    repeats: int,
-    report: Report,
-) -> None:
+def _compare(settings: ScorerBench, drawn: _Tables, repeats: int, report: Report) -> list[Row]:
     """Measure the scorer and the other implementations in fp32; their scores must agree."""
-    length = settings.compare
+    rows: list[Row] = []
+    tables, representation, length = drawn.attention, drawn.representation, settings.compare
     request = make_request(settings, length)
     history = torch.from_numpy(request.history.features[_FEATURE].values.copy()).flip(0)
     candidates = torch.from_numpy(request.candidates[_FEATURE].values.copy())
@@ -250,16 +279,8 @@ def _compare(
             taken = rounds({name: partial(seconds_of, run) for name, run in kinds.items()}, repeats, warm=0)
         cpu = {name: median(seconds.cpu for seconds in each) for name, each in taken.items()}
         for name, seconds in cpu.items():
-            report.rows.append({"name": f"{name}, L {length:,}, attention {dim}", "cpu_ms": 1e3 * seconds})
+            row: Row = {"name": f"{name}, L {length:,}, attention {dim}", "cpu_ms": 1e3 * seconds}
+            rows.append(row | {"to_scorer": seconds / cpu["scorer"]})
             if name != "scorer":
                 report.ratios[f"scorer_to_{name}_at_{dim}"] = seconds / cpu["scorer"]
-
-
-def _measure_starts(settings: ServeBench, scorers: Scorers) -> list[Row]:
-    """Measure the start of a server on tables of `start_rows` rows, in each type."""
-    if not settings.start_rows:
-        return []
-    dim = min(settings.dims)
-    batch = scorers[settings.dtypes[0], dim].batch([make_request(settings, min(settings.lengths))])
-    config, groups = _model(settings, dim, dim, max(settings.start_rows, settings.rows))
-    return [measure_start(config, groups, batch, dtype) for dtype in settings.dtypes]
+    return rows

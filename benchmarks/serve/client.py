@@ -1,4 +1,4 @@
-"""The client of a load test, in a process of its own: `python -m benchmarks.load.client SPEC.json`.
+"""The client of a load test, in a process of its own: `python -m benchmarks.serve.client SPEC.json`.
 
 A closed loop has so many connections, each of which asks again as soon as it is answered: it finds the most
 that a server can do. In an open loop requests are sent at constant intervals, whatever the server does, and a
@@ -113,6 +113,8 @@ class Load:
         self.latencies: list[float] = []
         self.late: list[float] = []
         self.outcomes: Counter[str] = Counter()
+        # All answers, those that do not count among them.
+        self.answered = 0
         self.began = 0.0
 
     async def run(self) -> dict[str, Any]:
@@ -126,7 +128,8 @@ class Load:
         return {
             "latencies": self.latencies,
             "outcomes": dict(self.outcomes),
-            "seconds": time.perf_counter() - self.began,
+            "seconds": self.spec.seconds if self.spec.rate is None else whole - self.spec.warm,
+            "answered": self.answered,
             "client_cores": (time.process_time() - cpu) / whole,
             "late": self.late,
         }
@@ -171,11 +174,19 @@ class Load:
             status = type(error).__name__
             asker.close()
             asker = self._asker()
-        if due >= self.began:
+        now = time.perf_counter()
+        self.answered += status == "200"
+        if self._counts(due, now):
             self.outcomes[status] += 1
             if status == "200":
-                self.latencies.append(time.perf_counter() - due)
+                self.latencies.append(now - due)
         return asker
+
+    def _counts(self, due: float, now: float) -> bool:
+        """Of a closed loop, what ended while it was measured; of an open one, what was due then."""
+        if self.spec.rate is None:
+            return self.began <= now <= self.began + self.spec.seconds
+        return due >= self.began
 
     def _asker(self) -> Asker:
         made = ASKERS[self.spec.kind](self.spec.port)
