@@ -6,8 +6,9 @@
 // dimensions, its sizes (int64 each) and its numbers. The program prints a line for each request: its candidates'
 // probabilities, those of one candidate's tasks beside each other.
 
+// All of PyTorch's headers, <torch/torch.h>, would take three times as long to compile.
+#include <ATen/ops/empty.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
 
 #include <cstdint>
 #include <cstdio>
@@ -24,14 +25,14 @@ T read_one(std::istream& file) {
   return value;
 }
 
-std::vector<torch::Tensor> read_inputs(const char* path) {
+std::vector<at::Tensor> read_inputs(const char* path) {
   std::ifstream file(path, std::ios::binary);
-  std::vector<torch::Tensor> inputs;
+  std::vector<at::Tensor> inputs;
   while (file.peek() != EOF) {
-    const auto dtype = read_one<char>(file) == 'i' ? torch::kInt64 : torch::kFloat32;
+    const auto dtype = read_one<char>(file) == 'i' ? at::kLong : at::kFloat;
     std::vector<int64_t> sizes(read_one<int64_t>(file));
     for (auto& size : sizes) size = read_one<int64_t>(file);
-    auto tensor = torch::empty(sizes, dtype);
+    auto tensor = at::empty(sizes, dtype);
     if (!file.read(static_cast<char*>(tensor.data_ptr()), tensor.nbytes()))
       throw std::runtime_error("the inputs end too early");
     inputs.push_back(tensor);
