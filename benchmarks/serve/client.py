@@ -123,7 +123,7 @@ class Load:
         # What they import is no part of the measurement.
         askers = [self._asker() for _ in range(self.spec.connections)]
         if self.spec.warm:
-            # The first body of a form may make a server import what reads it, which takes as long as it takes.
+            # For the first body of a form a server may have to import what reads it.
             askers[0] = await self._one(askers[0], -math.inf)
         self.began = time.perf_counter() + self.spec.warm
         cpu = time.process_time()
