@@ -31,7 +31,11 @@ COPY pipelines pipelines
 COPY trainer trainer
 COPY embeddings embeddings
 COPY configs configs
-RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
+# The search on a CPU is C; nothing else needs the compiler.
+RUN apt-get update \
+ && apt-get install --no-install-recommends --yes gcc libc6-dev \
+ && pip install --no-cache-dir --no-deps --no-build-isolation -e . \
+ && apt-get purge --yes --auto-remove gcc libc6-dev
 
 # Mounted folders must be writable for this user.
 RUN useradd --create-home --uid 1000 tandemrec

@@ -24,6 +24,8 @@ GPU_LOG = $(if $(DRY),,$(addprefix --log ,$(wildcard $(LOG))))
 # fbgemm's binaries load on this torch release only; the requirement files hold the matching rest.
 TORCH = torch==2.13.0
 PIP = $(VENV)/bin/pip install --no-cache-dir --disable-pip-version-check --quiet
+# Compiled when the package is installed.
+KERNEL = trainer/model/ops/top_products.c trainer/model/ops/top_products.h
 CHECKED = launch pipelines trainer embeddings
 FORMATTED = $(CHECKED) tests benchmarks docs/tools
 
@@ -68,7 +70,7 @@ $(VENV)/bin/python:
 # torch first and with its dependencies, because a CUDA build has libraries of its own among them; then the
 # pinned rest with --no-deps, because torchrec would pull the CUDA build of fbgemm (see common.txt).
 # A second set into the same environment would leave files of both builds, and the torch of the first.
-$(VENV)/.installed-$(DEVICE): requirements/common.txt requirements/$(DEVICE).txt pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed-$(DEVICE): requirements/common.txt requirements/$(DEVICE).txt pyproject.toml $(KERNEL) | $(VENV)/bin/python
 	@for other in $(filter-out $(DEVICE),cpu cuda); do if [ -e $(VENV)/.installed-$$other ]; then \
 	  echo "$(VENV) holds the set for DEVICE=$$other: make clean install DEVICE=$(DEVICE)" >&2; exit 2; fi; done
 	@echo "== installing the environment into $(VENV) ($(DEVICE)); this takes some minutes"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -116,7 +117,7 @@ class TableGroup:
     def set_names(self) -> list[str]:
         return [each.name for each in self.sets]
 
-    @property
+    @cached_property
     def lanes(self) -> tuple[str, ...]:
         """The tasks that add tables of their own to some set."""
         return tuple(dict.fromkeys(task for each in self.sets for task in each.lanes))
@@ -131,12 +132,12 @@ class TableGroup:
             replace(table, lane=task) for name in self.sets_with(task) for table in self._tables_of(name)
         )
 
-    @property
+    @cached_property
     def all_tables(self) -> tuple[TableSpec, ...]:
         """The main tables, then those of each lane."""
         return self.tables + sum((self.lane(task) for task in self.lanes), ())
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """One for each table, in their order: the names in a KeyedTensor.
 

@@ -58,6 +58,7 @@ class Environment:
         owners: our package name -> the distributions that install a package of this name.
         device: the devices found, in words.
         machine: what a rank chooses its device by; None where torch does not load.
+        search: what the search on a CPU is done by, in words.
     """
 
     versions: Mapping[str, str | None]
@@ -67,6 +68,7 @@ class Environment:
     owners: Mapping[str, Sequence[str]] = field(default_factory=dict)
     device: str = ""
     machine: Machine | None = None
+    search: str = ""
 
 
 def check_triple(torch: str | None, torchrec: str | None, fbgemm: str | None) -> Iterator[Problem]:
@@ -168,6 +170,15 @@ def device_words(machine: Machine | None, cores: int | None) -> str:
     return f"cuda ({gpus}), {cpu}"
 
 
+def search_words() -> str:
+    """What the search of stage one is done by on a CPU."""
+    from trainer.model.ops.top_products import kernel
+
+    if (found := kernel()) is not None:
+        return f"compiled, {found.lanes} numbers at once"
+    return "torch's operators, slower: with a C compiler (cc), `pip install --no-deps -e .` compiles it"
+
+
 def _origin(package: str) -> Path | None:
     spec = importlib.util.find_spec(package)
     if spec is None:
@@ -187,6 +198,9 @@ def observe() -> Environment:
         from trainer.ranks.device import observe as observe_machine
 
         machine = observe_machine()
+    search = ""
+    with suppress(Exception):
+        search = search_words()
     fbgemm_error = None
     try:
         with warnings.catch_warnings():
@@ -205,6 +219,7 @@ def observe() -> Environment:
         owners={name: owners.get(name, []) for name in OUR_PACKAGES},
         device=device_words(machine, cores()),
         machine=machine,
+        search=search,
     )
 
 
@@ -213,6 +228,8 @@ def report_lines(environment: Environment) -> list[str]:
     rows = {"python": platform.python_version()}
     rows |= {name: version for name, version in environment.versions.items() if version is not None}
     rows["device"] = environment.device
+    if environment.search:
+        rows["search on cpu"] = environment.search
     width = max(len(name) for name in rows)
     return [f"{name:<{width}}  {value}" for name, value in rows.items()]
 

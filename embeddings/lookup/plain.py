@@ -27,6 +27,9 @@ class PlainBagCollection(nn.Module):
     ) -> None:
         super().__init__()
         self.group = group
+        # In the order of the group: the key that a table is looked up by, and its name.
+        self._asked = [(table.key, group.table_name(table)) for table in group.all_tables]
+        self._dims = [table.dim for table in group.all_tables]
         for table in group.all_tables:
             name, stored = group.table_name(table), weights[group.table_name(table)]
             if isinstance(stored, RowStore):
@@ -53,10 +56,10 @@ class PlainBagCollection(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """KJT of stride B -> KeyedTensor whose values are [B, sum of dims]."""
         pooled = []
-        for table in self.group.all_tables:
-            bag = features[table.key]
-            weight = getattr(self, self.group.table_name(table))
-            pooled.append(sum_bags(weight, bag.values(), bag.offsets().to(bag.values().dtype)))
-        dims = [table.dim for table in self.group.all_tables]
+        for key, name in self._asked:
+            bag = features[key]
+            ids = bag.values()
+            pooled.append(sum_bags(getattr(self, name), ids, bag.offsets().to(ids.dtype)))
         # The only one as it is: a copy takes as long as the lookup.
-        return KeyedTensor(self.group.keys, dims, pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1))
+        fused = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
+        return KeyedTensor(self.group.keys, self._dims, fused)

@@ -100,3 +100,4 @@ class Service:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
+            self.updates.close()

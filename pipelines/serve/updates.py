@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from embeddings.errors import TandemError
 from pipelines.serve.logs import Log
@@ -13,6 +15,7 @@ from trainer.ranks.machine import return_freed_memory
 from trainer.serving.scorer import Scorer
 from trainer.serving.versions import Versions
 
+T = TypeVar("T")
 _LONGEST_WAIT = 60.0
 # Between two looks whether anybody scores with an old version still.
 _LAST_BODIES = 0.5
@@ -33,14 +36,16 @@ class Updates:
         self.problem: str | None = None
         self.failures = 0
         self._clearing: set[asyncio.Task[None]] = set()
+        # Always the same one: glibc keeps for each thread what its largest piece of work has taken.
+        self._thread = ThreadPoolExecutor(1, "update")
 
     async def reload(self, retry: bool = True) -> bool:
         """Load in another thread; requests go on."""
         former = weakref.ref(self._versions.scorer)
-        switched = await asyncio.to_thread(self._versions.reload, retry)
+        switched = await self._in_thread(lambda: self._versions.reload(retry))
         if switched:
             self._metrics.serving(self._versions.scorer)
-            task = asyncio.create_task(_clear(former))
+            task = asyncio.create_task(self._clear(former))
             self._clearing.add(task)
             task.add_done_callback(self._clearing.discard)
         return switched
@@ -71,8 +76,14 @@ class Updates:
             self.problem, self.failures = None, 0
             self._metrics.poll_failing.set(0)
 
+    def close(self) -> None:
+        """Wait for a version that is being loaded, and take no other."""
+        for task in self._clearing:
+            task.cancel()
+        self._thread.shutdown(cancel_futures=True)
+
     async def _look(self) -> None:
-        if await asyncio.to_thread(self._versions.newer) is None:
+        if await self._in_thread(self._versions.newer) is None:
             return
         before = self._versions.refused
         try:
@@ -88,12 +99,14 @@ class Updates:
     def _say(self, event: str, message: str) -> None:
         self._log.say(event, message, version=self._versions.scorer.version)
 
+    async def _clear(self, former: Callable[[], Scorer | None]) -> None:
+        """Once nobody scores with an old version, give the memory that it had back to the system.
 
-async def _clear(former: Callable[[], Scorer | None]) -> None:
-    """Once nobody scores with an old version, give the memory that it had back to the system.
+        Its states of users lay between blocks that are in use still, where the C library would keep the room.
+        """
+        while former() is not None:
+            await asyncio.sleep(_LAST_BODIES)
+        await self._in_thread(return_freed_memory)
 
-    Its states of users lay between blocks that are in use still, where the C library would keep the room.
-    """
-    while former() is not None:
-        await asyncio.sleep(_LAST_BODIES)
-    await asyncio.to_thread(return_freed_memory)
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)

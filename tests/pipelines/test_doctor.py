@@ -151,3 +151,14 @@ def test_problems_go_to_stderr_one_a_line(
     out, err = capsys.readouterr()
     assert "ok" not in out
     assert [line.startswith("tandemrec: error: ") for line in err.splitlines()] == [True, True]
+
+
+def test_it_is_told_what_the_search_is_done_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.model.ops import top_products
+
+    monkeypatch.setattr(top_products, "kernel", lambda: top_products.Kernel(None, 8))  # type: ignore[arg-type]
+    assert doctor.search_words() == "compiled, 8 numbers at once"
+    monkeypatch.setattr(top_products, "kernel", lambda: None)
+    assert "pip install --no-deps -e ." in doctor.search_words()
+    lines = doctor.report_lines(Environment(versions={}, search="compiled"))
+    assert any(line.split() == ["search", "on", "cpu", "compiled"] for line in lines)

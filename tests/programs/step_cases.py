@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +131,11 @@ def job(
 
 
 def two_epochs(made: Job) -> dict[str, Any]:
-    """Losses of two epochs, with an evaluation inside each of them, and what came of it."""
+    """Losses of an epoch and the first steps of another, an evaluation inside each, and what came of it."""
     losses, uncounted, scores, modules = [], 0, [], []
     validation = open_split(made.config, "validation", feature_rows(made.sharded.groups), made.ranks)
-    for _ in range(2):
-        for number, (step, loss) in enumerate(made.train(made.reader.steps())):
+    for most in (None, 5):
+        for number, (step, loss) in enumerate(made.train(islice(made.reader.steps(), most))):
             losses.append(loss)
             uncounted += not step.counted
             if number == 2:
@@ -186,7 +187,7 @@ def bad_step(made: Job, kind: str) -> dict[str, Any]:
     """The fourth step is not finite: what is said, and what has changed."""
     last = made.ranks.rank == made.ranks.world_size - 1
     made.step._guard.folder.mkdir(parents=True, exist_ok=True)
-    steps = list(made.reader.steps())[:6]
+    steps = list(islice(made.reader.steps(), 6))
     assert all(step.counted for step in steps[:4])
     if kind == "loss" and last:
         steps[3] = nan_weight(steps[3])
@@ -228,7 +229,7 @@ def same_batch(found: Any, expected: Any) -> bool:
 def gradients_of_one_step(made: Job, scale: float = 1.0) -> dict[str, Any]:
     """Dense gradients as the optimizer was given them, and the tables after it."""
     spoil_dense(made, scale)
-    for step, _ in made.train(iter(list(made.reader.steps())[:1])):
+    for step, _ in made.train(islice(made.reader.steps(), 1)):
         assert step.counted
     gradients = {
         name.split("module.")[-1]: weight.grad.double().flatten().tolist()

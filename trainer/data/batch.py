@@ -78,6 +78,10 @@ class Sizes:
         longest = max(self.windows, default=0)
         return min(longest, newest) if newest else longest
 
+    def all_as_long(self, length: int) -> bool:
+        """Whether all windows have at least so many behaviors."""
+        return min(self.windows, default=0) >= length
+
 
 class LabelCounts(NamedTuple):
     """The part of `Sizes` that labels decide."""

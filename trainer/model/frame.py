@@ -199,7 +199,7 @@ class Pooling(nn.Module):
             place = retrieval.index
             behavior = roles.representation_behavior
             if behavior in late and behavior not in rows_of and retrievals.place_N is not None:
-                place = retrievals.place_N[place]
+                place = retrievals.place_N.index_select(0, place.flatten()).view(place.shape)
             target_CD, value_SD = rows[roles.representation_target][0], rows[behavior][1]
             behaviors = Behaviors(**vars(retrieval), target_CD=target_CD, value_SD=value_SD, place=place)
             of_branch[name] = Reading(branch, behaviors, branch.weigh(retrieval))

@@ -226,10 +226,17 @@ def _request_windows(batch: RequestBatch, newest: int = 0, ages: bool = True) ->
     longest = max(batch.host_sizes.longest(newest), 1)
     step = torch.arange(longest, device=length.device)
     rank = torch.arange(1, longest + 1, dtype=torch.int32, device=length.device)
-    mask = step[None, :] < length[:, None]
-    index = torch.where(mask, batch.window_end[:, None] - 1 - step[None, :], 0)
-    age = _ages(batch, batch.request_time, index, mask) if ages else no_mark(index)
-    marks = Marks(torch.where(mask, rank, 0), age, no_mark(index))
+    index = batch.window_end[:, None] - 1 - step[None, :]
+    if batch.host_sizes.all_as_long(longest) and not is_traced():
+        # Nothing is padded: a single request's window, above all.
+        mask = torch.ones(index.shape, dtype=torch.bool, device=index.device)
+        rank = rank.expand(index.shape)
+    else:
+        mask = step[None, :] < length[:, None]
+        index, rank = torch.where(mask, index, 0), torch.where(mask, rank, 0)
+    nothing = no_mark(index)
+    age = _ages(batch, batch.request_time, index, mask) if ages else nothing
+    marks = Marks(rank, age, nothing)
     counts = batch.host_sizes.candidates
     return Windows(index, mask, marks, None, batch.candidate_request, length, counts)
 

@@ -31,6 +31,7 @@ class PlainBatches:
 
     def __init__(self, columns: Columns, config: DataConfig) -> None:
         self.columns, self.length, self.delay = columns, config.history_length, config.ingestion_delay
+        self.tasks = len(columns.tasks)
         self.features, self.context = list(columns.features), list(columns.context)
         encoded = any(info.encoder for info in (*columns.features.values(), *columns.context.values()))
         searched = config.search.levels or columns.chunk or columns.similarities
@@ -56,7 +57,7 @@ class PlainBatches:
             user_id=torch.tensor([request.user_id for request in requests]),
             request_id=torch.arange(len(requests)),
             candidate_request=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
-            labels=torch.zeros(sum(counts), len(self.columns.tasks)),
+            labels=torch.zeros(sum(counts), self.tasks),
             weight=torch.ones(sum(counts)),
             numeric=self._numeric(requests, sum(counts)),
             context=self._context(requests),
@@ -111,7 +112,7 @@ class PlainBatches:
         return ids.repeat_interleave(torch.tensor(counts)) if column.of_requests else ids
 
     def _sizes(self, lengths: Sequence[int], stops: Ints, counts: Sequence[int]) -> Sizes:
-        tasks, total = len(self.columns.tasks), sum(counts)
+        total = sum(counts)
         some = int(bool(sum(lengths) + total))
         # Labels are all 0.
         return Sizes(
@@ -120,9 +121,9 @@ class PlainBatches:
             candidates=tuple(counts),
             bags=(some,) * len(self.features),
             one_id=True,
-            observed=(total,) * tasks,
-            positives=(0,) * tasks,
-            pairs=(0,) * tasks,
+            observed=(total,) * self.tasks,
+            positives=(0,) * self.tasks,
+            pairs=(0,) * self.tasks,
         )
 
 

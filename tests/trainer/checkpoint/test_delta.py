@@ -53,7 +53,7 @@ def base_names(folder: Path) -> dict[str, str | None]:
     return {path.name[-2:]: (files.read_state(path).get("base") or {}).get("name") for path in paths}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_base_and_deltas_are_bit_equal_to_a_full_save(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

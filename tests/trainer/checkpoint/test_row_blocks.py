@@ -44,7 +44,7 @@ def write(folder: Path, tensors: dict[str, Any], block_bytes: int) -> HashedWrit
     return writer
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_shards_in_any_blocks_come_back_in_any_shards(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

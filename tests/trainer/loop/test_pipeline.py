@@ -53,7 +53,8 @@ def found(log: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Foun
 def test_every_way_to_train_gives_the_same_bits(found: dict[int, Found], ranks: int, model: str) -> None:
     """A bare backward pass, one that is cut at the tables and checked, and a pipeline that reads ahead.
 
-    Two epochs, with an evaluation inside each; weights, optimizer states and buffers of every rank.
+    An epoch and the beginning of another, with an evaluation inside each; weights, optimizer states and
+    buffers of every rank.
     """
     bare, *others = (found[ranks]["ways"][model][way] for way in WAYS)
     assert len(bare["losses"]) >= 10 and len(set(bare["losses"])) == len(bare["losses"])
@@ -88,7 +89,7 @@ def test_what_was_read_ahead_is_not_lost_by_stopping(found: dict[int, Found], ra
     whole = found[ranks]["ways"]["selected"]["none"]["losses"]
     for way, stopped in found[ranks]["stopped"].items():
         assert stopped["losses"] == whole[: len(stopped["losses"])], way
-        assert len(stopped["losses"]) == len(whole) // 2
+        assert len(stopped["losses"]) == len(whole) - 5
     assert found[ranks]["stopped"]["none"]["digests"] == found[ranks]["stopped"]["sparse_dist"]["digests"]
 
 

@@ -55,6 +55,8 @@ def dots(query_CD: Tensor, rows_ND: Tensor, index_CK: Tensor) -> Tensor:
     if not _by_cpu(rows_ND, index_CK):
         with in_single_precision(rows_ND.device):
             return plain_dots(query_CD, rows_ND, index_CK)
+    if not torch.is_grad_enabled():
+        return _products(query_CD, rows_ND, index_CK)
     out: Tensor = kept_rows.Dots.apply(_CPU, query_CD, rows_ND, index_CK)  # type: ignore[no-untyped-call]
     return out
 

@@ -113,6 +113,12 @@ static inline int64_t panels_of_chunk(int64_t columns, int64_t width, int64_t k)
 #define MASK(x) ((uint32_t)((x)[0] & 1) | ((x)[1] & 2) | ((x)[2] & 4) | ((x)[3] & 8))
 #include "top_products.h"
 
+/* To be counted up with every change of what top_products.py calls. */
+int64_t tandemrec_interface(void)
+{
+    return 1;
+}
+
 /* The best instruction set of those above that this processor has: lanes of a vector. */
 int64_t tandemrec_lanes(void)
 {

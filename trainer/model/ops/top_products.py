@@ -28,12 +28,15 @@ from torch import Tensor
 
 from trainer.model.ops.threads import in_threads
 from trainer.model.ops.top import Doubt, Floats, Ints, best_of_reaching, top_columns
+from trainer.sealed_folder import voice
 
 # Rows that one thread ranks before it takes the next ones: their scores stay in its cache.
 _ROWS = 64
 # Slacks from here on are of scores that may be too large for float32, if they are numbers at all.
 _LARGEST = 2.0**100
 _LIBRARY = "_top_products"
+# `tandemrec_interface` of the code beside this file.
+_INTERFACE = 1
 
 
 class _Question(ctypes.Structure):
@@ -72,12 +75,18 @@ class Kernel:
 
 @cache
 def kernel() -> Kernel | None:
-    """The kernel for this processor; None where it was not compiled."""
+    """The kernel for this processor; None where it was not compiled, or from other code than lies here."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(_LIBRARY + suffix)
         if path.is_file():
             library = ctypes.CDLL(str(path))
             size, at = ctypes.c_int64, ctypes.c_void_p
+            if getattr(library, "tandemrec_interface", int)() != _INTERFACE:
+                voice.say(
+                    f"search: {path.name} was compiled from an earlier version and is not used, torch's own "
+                    "operators are; `pip install --no-deps -e .` compiles it anew"
+                )
+                return None
             library.tandemrec_lanes.restype = size
             library.tandemrec_padded.restype, library.tandemrec_padded.argtypes = size, [size]
             library.tandemrec_room.restype, library.tandemrec_room.argtypes = size, [size] * 4

@@ -191,6 +191,8 @@ class DotScorer(Scorer):
             if is_traced() and not vectors.key_ND.shape[1]:
                 # Time alone is scored, and portable runtimes reshape no rows of nothing.
                 return bias[:, None]
+            if self.heads == 1:
+                return (dots(vectors.query_CD, vectors.key_ND, kept.index) + bias)[:, None]
             # Heads are candidates and rows of their own, a head's width wide.
             each = torch.arange(self.heads, device=kept.index.device)
             index_CHK = kept.index[:, None] * self.heads + each[:, None]

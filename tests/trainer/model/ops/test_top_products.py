@@ -124,3 +124,12 @@ def test_no_rows_and_no_keys_are_answered() -> None:
     column, mask = top_products(torch.zeros(2, 4), [], 3, doubt, by=FOUND)
     assert column.tolist() == [[0], [0]] and not mask.any()
     assert module.kernel() is FOUND
+
+
+@compiled
+def test_a_library_of_earlier_code_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_INTERFACE", 0)
+    assert module.kernel.__wrapped__() is None
+    assert "compiled from an earlier version" in capsys.readouterr().err
