@@ -154,7 +154,7 @@ format: install-dev ## rewrite the code the way lint wants it
 	ruff check --fix $(FORMATTED)
 	ruff format $(FORMATTED)
 
-bench: install ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (a quarter of an hour)
+bench: install ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (half an hour)
 	python -m benchmarks.harness.refresh --log "$(LOG)"
 
 docs: $(VENV)/.installed-docs ## docs/config.md from the code, then the site of docs/ and the API, in runs/site

@@ -136,8 +136,8 @@ class BatchingSettings(Settings):
     thread that decodes them, one at a time."""
     at_once_ms: NonNegativeFloat = 1000 * BatchSettings.at_once
     """Milliseconds. A call of the model that takes no longer, by the calls before it, is made where clients
-    are answered: to change threads twice is a tenth of a small request. Nobody else is answered meanwhile.
-    0 = all calls are made by the model's thread."""
+    are answered: to change threads twice is a twentieth of a small request. Nobody else is answered
+    meanwhile. 0 = all calls are made by the model's thread."""
     threads: PositiveInt = BatchSettings.threads
     """Threads of the model's matrix products; of a model that searches, threads that share a request's
     candidates in the search."""
