@@ -46,8 +46,8 @@ class Ended:
 class Caller:
     """Makes model calls, one at a time, and measures how fast the model is.
 
-    To give a short call to a thread, and to be told that it has ended, takes a twentieth of its time. So such a
-    call is made by the event loop, which does nothing else meanwhile.
+    To give a short call to a thread, and to be told that it has ended, takes a twentieth of its time. So such
+    a call is made by the event loop, which does nothing else meanwhile.
 
     Args:
         threads: of the model.

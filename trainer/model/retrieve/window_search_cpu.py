@@ -19,8 +19,8 @@ from trainer.model.ops.top_products import Piece, kernel, top_products
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, Scorer
 from trainer.model.windows import Windows
 
-# Floats of a window's keys, and candidates a window: below that, one product for all windows is cheaper than a
-# call for each.
+# Floats of a window's keys, and candidates a window: below that, one product for all windows is cheaper than
+# a call for each.
 _LEAST, _FEWEST = 1 << 12, 32
 # Scores of one window that are held at once, where something is added to each by itself.
 _CELLS = 1 << 20
