@@ -41,7 +41,7 @@ def start_servers(model: ServedModel, folder: Path, held: ExitStack) -> dict[str
     portable = folder / "portable"
     export = ["export", "--snapshot", str(version), "--format", "onnx", "--out", str(portable)]
     words = [sys.executable, "-m", "launch.cli", *export, "--parity-requests", "0"]
-    subprocess.run(words, check=True, capture_output=True)
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
     rival = [sys.executable, "-m", "benchmarks.rivals.fastapi_scorer"]
     commands = {
         OURS: serve_command(version, "grpc.port=0", "user_states.bytes=0"),

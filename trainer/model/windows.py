@@ -227,7 +227,7 @@ def _request_windows(batch: RequestBatch, newest: int = 0, ages: bool = True) ->
     step = torch.arange(longest, device=length.device)
     rank = torch.arange(1, longest + 1, dtype=torch.int32, device=length.device)
     index = batch.window_end[:, None] - 1 - step[None, :]
-    if batch.host_sizes.all_as_long(longest) and not is_traced():
+    if not is_traced() and batch.host_sizes.all_as_long(longest):
         # Nothing is padded: a single request's window, above all.
         mask = torch.ones(index.shape, dtype=torch.bool, device=index.device)
         rank = rank.expand(index.shape)
