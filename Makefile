@@ -25,7 +25,7 @@ GPU_LOG = $(if $(DRY),,$(addprefix --log ,$(wildcard $(LOG))))
 TORCH = torch==2.13.0
 PIP = $(VENV)/bin/pip install --no-cache-dir --disable-pip-version-check --quiet
 # Compiled when the package is installed.
-KERNEL = trainer/model/ops/top_products.c trainer/model/ops/top_products.h
+KERNEL = $(wildcard trainer/model/ops/top_products.[ch])
 CHECKED = launch pipelines trainer embeddings
 FORMATTED = $(CHECKED) tests benchmarks docs/tools
 
