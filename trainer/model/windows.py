@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -99,6 +100,11 @@ class Windows:
         if self.counts is not None:
             return self.counts
         return tuple(torch.bincount(self.of_candidate, minlength=self.index.shape[0]).tolist())
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """[W], the candidates [first, last) of each window; where they are not known the host waits."""
+        return list(pairwise(accumulate(self.host_counts, initial=0)))
 
     @cached_property
     def slots(self) -> Slots:

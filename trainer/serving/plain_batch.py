@@ -77,7 +77,7 @@ class PlainBatches:
         """The behaviors that the request may see, of its history."""
         time = request.history.time
         # A behavior is visible if it is older than the request's time less the delay.
-        end = int(time.searchsorted(request.time - self.delay if self.delay > 0 else request.time))
+        end = int(time.searchsorted(request.time - self.delay))
         return slice(max(end - self.length, 0), end)
 
     def _features(self, requests: Sequence[Request], windows: Sequence[slice]) -> OneIdBags:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,26 +36,25 @@ class WindowSearch(Search):
 
     def select(self, query: Query) -> Selection:
         windows, count = query.windows, query.vectors.query_CD.shape[0]
-        bounds = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0]).cumsum(0).tolist()
         lengths = windows.mask.sum(1).tolist()
         # After a hard search every candidate has a short window of its own: together they are cheaper.
         if not count or (len(lengths) == count > 1 and windows.index.numel() <= _CELLS):
             selection: Selection = self.inner(query)
             return selection
         parts = []
-        for window, (begin, end) in enumerate(pairwise([0, *bounds])):
+        for window, (begin, end) in enumerate(windows.spans):
             if end > begin:
                 single = _single_window(query, window, lengths[window], begin, end)
-                for found in self._of_window(single, lengths[window]):
+                for found in self._of_window(single):
                     missing = self.k - found[0].shape[1]
                     parts.append([F.pad(each, (0, missing)) for each in found] if missing else found)
         joined = parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
         return _kept(windows, *joined)
 
-    def _of_window(self, query: Query, length: int) -> Iterator[Sequence[Tensor]]:
+    def _of_window(self, query: Query) -> Iterator[Sequence[Tensor]]:
         """Columns of each candidate, and which count."""
-        count = query.vectors.query_CD.shape[0]
-        size = max(1, _CELLS // max(length, 1))
+        count, held = query.vectors.query_CD.shape[0], self.inner.held(query)
+        size = max(1, _CELLS // held) if held else count
         for begin in range(0, count, size):
             yield self.inner.columns(_candidates(query, begin, min(begin + size, count)))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.model.retrieve import window_search_cpu
 from trainer.model.retrieve.score import DotScorer, twin_projections
 from trainer.model.retrieve.search import Query, Search, best_columns
 from trainer.model.sizes import BranchSizes
@@ -24,6 +25,10 @@ class DotSearch(Search):
             return 'score = "mlp" is no dot product'
         encoded = settings.time == "encoding" and "scores" in settings.time_in
         return 'time = "encoding" enters the vectors themselves' if encoded else ""
+
+    def held(self, query: Query) -> int:
+        few = window_search_cpu.pays(query.scorer, query.vectors, query.windows)
+        return 0 if few else super().held(query)
 
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         return best_columns(query, self.k, self.doubt(query))

@@ -170,6 +170,10 @@ class Search(nn.Module):
         """
         return {}
 
+    def held(self, query: Query) -> int:
+        """Scores that `columns` holds at once for each candidate of a window; 0 = few."""
+        return query.windows.index.shape[1]
+
     def columns(self, query: Query) -> tuple[Tensor, Tensor]:
         """-> columns of the windows, at most K a candidate, ascending, and which of them count."""
         raise NotImplementedError

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -53,19 +52,27 @@ class _Tile:
         return (self.windows[-1].last - self.windows[0].first) * self.width
 
 
-def pays(scorer: Scorer, vectors: AttentionVectors, windows: Windows) -> bool:
-    """Whether the windows are slices, scores inner products of one head, and the windows long."""
+def multiplies(scorer: Scorer, vectors: AttentionVectors) -> bool:
+    """Whether there are scores, and they are inner products of one head, in float32 and on the CPU."""
     key_ND = vectors.key_ND
     return (
-        windows.lengths is not None
-        and isinstance(scorer, DotScorer)
+        isinstance(scorer, DotScorer)
         and scorer.heads == 1
-        and scorer.shares_bias
         and key_ND.device.type == "cpu"
         and key_ND.dtype == vectors.query_CD.dtype == torch.float32
-        and windows.index.shape[1] * key_ND.shape[1] >= _LEAST
         and vectors.query_CD.shape[0] > 0
     )
+
+
+def are_slices(scorer: Scorer, windows: Windows) -> bool:
+    """Whether the windows are slices, whose columns' scores differ by products alone."""
+    return windows.lengths is not None and scorer.shares_bias
+
+
+def pays(scorer: Scorer, vectors: AttentionVectors, windows: Windows) -> bool:
+    """Whether the windows are slices, scores inner products of one head, and the windows long."""
+    long = windows.index.shape[1] * vectors.key_ND.shape[1] >= _LEAST
+    return long and are_slices(scorer, windows) and multiplies(scorer, vectors)
 
 
 @torch.no_grad()
@@ -117,12 +124,11 @@ def _tiles(windows: Windows) -> Iterator[_Tile]:
     """Runs of windows of few scores together; a window with many candidates may be several."""
     assert windows.lengths is not None
     lengths, newest = windows.lengths.tolist(), windows.index[:, 0].tolist()
-    counts = torch.bincount(windows.of_candidate, minlength=len(lengths)).tolist()
     run: list[_Window] = []
     width = 0
-    for number, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
+    for number, (begin, end) in enumerate(windows.spans):
         wide = max(-(-lengths[number] // _LINE), 1) * _LINE
-        for first in range(end - count, end, max(1, _CELLS // wide)):
+        for first in range(begin, end, max(1, _CELLS // wide)):
             last = min(first + max(1, _CELLS // wide), end)
             if run and (last - run[0].first) * max(width, wide) > _CELLS:
                 yield _Tile(run, width)

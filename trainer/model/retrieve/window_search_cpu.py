@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from trainer.model.ops.top import Doubt
 from trainer.model.ops.top_products import Piece, kernel, top_products
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, Scorer
+from trainer.model.retrieve.slices import are_slices, multiplies
 from trainer.model.windows import Windows
 
 # Floats of a window's keys, and candidates a window: below that, one product for all windows is cheaper than
@@ -28,41 +28,21 @@ _CELLS = 1 << 20
 
 def pays(scorer: Scorer, vectors: AttentionVectors, windows: Windows) -> bool:
     """Whether the kernel is there, scores are inner products of one head, and windows long, or one alone."""
-    count, key_ND = windows.index.shape[0], vectors.key_ND
-    return (
-        isinstance(scorer, DotScorer)
-        and scorer.heads == 1
-        and key_ND.device.type == "cpu"
-        and key_ND.dtype == vectors.query_CD.dtype == torch.float32
-        and vectors.query_CD.shape[0] > 0
-        and (count == 1 or _many_slices(scorer, vectors, windows))
-        and kernel() is not None
-    )
+    (count, width), (candidates, dim) = windows.index.shape, vectors.query_CD.shape
+    many = width * dim >= _LEAST and candidates >= _FEWEST * count and are_slices(scorer, windows)
+    return multiplies(scorer, vectors) and (count == 1 or many) and kernel() is not None
 
 
 def best_columns(
     scorer: DotScorer, vectors: AttentionVectors, windows: Windows, k: int, doubt: Doubt
 ) -> tuple[Tensor, Tensor]:
-    """The K best columns of each candidate's window, ascending, and which count: both [C, K].
+    """The K best columns of each candidate's window, ascending, and which count: both [C, min(K, X)].
 
     `doubt`: of all candidates and the columns of their windows.
     """
-    slices = _are_slices(scorer, windows)
+    slices = are_slices(scorer, windows)
     pieces = list(_slices(scorer, vectors, windows) if slices else _of_one(scorer, vectors, windows))
-    column, mask = top_products(vectors.query_CD, pieces, k, doubt, last=slices, by=kernel())
-    if slices and column.shape[1] < k:
-        column, mask = (F.pad(each, (0, k - column.shape[1])) for each in (column, mask))
-    return column, mask
-
-
-def _many_slices(scorer: Scorer, vectors: AttentionVectors, windows: Windows) -> bool:
-    (count, width), dim = windows.index.shape, vectors.key_ND.shape[1]
-    enough = width * dim >= _LEAST and vectors.query_CD.shape[0] >= _FEWEST * count
-    return enough and _are_slices(scorer, windows)
-
-
-def _are_slices(scorer: Scorer, windows: Windows) -> bool:
-    return windows.lengths is not None and scorer.shares_bias
+    return top_products(vectors.query_CD, pieces, k, doubt, last=slices, by=kernel())
 
 
 def _slices(scorer: DotScorer, vectors: AttentionVectors, windows: Windows) -> Iterator[Piece]:
@@ -71,14 +51,11 @@ def _slices(scorer: DotScorer, vectors: AttentionVectors, windows: Windows) -> I
     bias_WX = scorer.window_bias(vectors, windows)
     # Windows are newest first, slices newest last.
     bias_WX = None if bias_WX is None else bias_WX.flip(1)
-    newest = windows.index[:, 0].tolist()
-    for window, (length, (first, last)) in enumerate(
-        zip(windows.lengths.tolist(), _rows(windows), strict=True)
-    ):
+    ends, lengths = (windows.index[:, 0] + 1).tolist(), windows.lengths.tolist()
+    for window, (length, end, (first, last)) in enumerate(zip(lengths, ends, windows.spans, strict=True)):
         if length and last > first:
-            key_XD = vectors.key_ND[newest[window] + 1 - length : newest[window] + 1]
             bias_X = None if bias_WX is None else bias_WX[window, bias_WX.shape[1] - length :]
-            yield Piece(first, last, key_XD, bias_X)
+            yield Piece(first, last, vectors.key_ND[end - length : end], bias_X)
 
 
 def _of_one(scorer: DotScorer, vectors: AttentionVectors, windows: Windows) -> Iterator[Piece]:
@@ -95,9 +72,3 @@ def _of_one(scorer: DotScorer, vectors: AttentionVectors, windows: Windows) -> I
         chunk = replace(vectors, query_CD=vectors.query_CD[some], group_C=vectors.group_C[some])
         beside = scorer._target_bias(chunk, replace(windows, of_candidate=windows.of_candidate[some]))
         yield Piece(first, min(first + step, count), key_XD, bias_X, beside)
-
-
-def _rows(windows: Windows) -> Iterator[tuple[int, int]]:
-    """Of each window, its candidates [first, last)."""
-    counts = torch.bincount(windows.of_candidate, minlength=windows.index.shape[0])
-    return pairwise([0, *counts.cumsum(0).tolist()])
