@@ -61,6 +61,9 @@ class BranchKeys(Settings):
     (DIN)."""
     score_hidden: Width = 36
     """The width of the hidden layer of `score = "mlp"`."""
+    temperature: float = Field(1.0, gt=0)
+    """What the products of `score = "dot"` are divided by, besides the root of a head's width. What time and
+    cross features add is not divided."""
     weights: Literal["softmax", "sigmoid"] = "softmax"
     """How scores become weights of the kept behaviors: by `softmax`, or by `sigmoid` without
     normalisation."""

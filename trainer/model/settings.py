@@ -148,6 +148,7 @@ class BranchConfig(_BranchKeys):
         marks = self.position or self.age or self.level
         uses = {
             "score_hidden": self.score == "mlp",
+            "temperature": self.searches and self.score == "dot" and self.attend != (),
             "heads": self.projection == "heads",
             "head_dim": self.projection == "heads",
             "time_dim": self.time_target == "target" and self.time == "bias" and marks,
@@ -304,7 +305,8 @@ HEAD_KEYS = [
 # Keys of a branch that only some kinds look at.
 _KINDS: list[type[Search] | type[SequenceModel]] = [*SEARCHES.values(), *SEQUENCES.values()]
 CONDITIONAL_KEYS = set[str]().union(*(_keys_of(kind) for kind in _KINDS))
-CONDITIONAL_KEYS |= {"score_hidden", "heads", "head_dim", "time_dim", "time_group", "attention_owner"}
+CONDITIONAL_KEYS |= {"score_hidden", "temperature", "heads", "head_dim"}
+CONDITIONAL_KEYS |= {"time_dim", "time_group", "attention_owner"}
 
 
 def _names(table: Mapping[str, Any], fact: str, value: bool) -> str:
