@@ -291,6 +291,9 @@ class RequestsConfig(Settings):
     """Whether a positive whose item no earlier event has is asked (`keep`) or not (`drop`). Negatives are
     items of earlier events, so that no negative is ever new. `impressions` refuses
     `drop`: its candidates are kept as shown."""
+    popularity_days: int = Field(default=0, ge=0)
+    """Negatives are drawn by how often items occur in so many days before the request; 0 = in all the time
+    before it."""
 
     @model_validator(mode="after")
     def _distances_are_distinct(self) -> Self:
