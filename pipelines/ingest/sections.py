@@ -386,3 +386,10 @@ class EngineConfig(Settings):
         """`memory_limit` as a number, but no more than this process may take at all."""
         # The manifest keeps the setting as it was written, so the setting itself stays text.
         return min(TypeAdapter(ByteSize).validate_python(self.memory_limit), memory_bytes())
+
+
+class ReportConfig(Settings):
+    """What an ingest measures besides. None of it changes the rows of the log."""
+
+    history_free: bool = True
+    """Whether to measure how well candidates tell their label without any history, see docs/ingest.md."""
