@@ -110,6 +110,9 @@ def _by_split(
     train = facts.split == _TRAIN
     if not all(_both(label[half & train]) for half in halves):
         return {}
+    # A tree cannot take a column in which nothing at all is known.
+    known = [(~np.isnan(table[half & train])).any(axis=0) for half in halves]
+    table = np.where(np.logical_and(*known), table, 0.0)
     trees = [_tree(table[half & train], label[half & train], seed) for half in halves]
     found = {}
     for split in splits:
