@@ -118,7 +118,7 @@ class BranchSizes:
         """Whose `time_vectors` a stage reads."""
         roles = self.settings.roles
         if self.settings.time_tables == "stage":
-            return {stage}
+            return {f"of_{stage}"}
         if stage == "scores":
             return {roles.attention_target, roles.attention_behavior}
         return {roles.representation_target, roles.representation_behavior}
@@ -126,7 +126,8 @@ class BranchSizes:
     def _vectors(self, role: str) -> TimeVectors:
         """Those of a role; made once."""
         stage = "scores" if role.startswith("attention") else "values"
-        name = getattr(self.settings.roles, role) if self.settings.time_tables == "group" else stage
+        of_group = self.settings.time_tables == "group"
+        name = getattr(self.settings.roles, role) if of_group else f"of_{stage}"
         if name not in self.time_vectors:
             self.time_vectors[name] = TimeVectors(self.mark_rows(stage), self.settings.time_dim)
         return self.time_vectors[name]
