@@ -365,6 +365,12 @@ def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> Non
         problem = branch.sequence_kind.width_problem(branch, representation.of_set(name).width)
         if problem:
             raise ConfigError(problem)
+    if branch.time == "concat" and len(representation.set_names) > 1:
+        raise ConfigError(
+            'model.time = "concat" puts time beside the vectors of one set, and group '
+            f"{representation.name} has {len(representation.set_names)}: set model.time = "
+            f'"bias" or groups.{representation.name}.sets = 1'
+        )
     attention = groups[roles.attention_behavior].features
     if branch.attend and groups[roles.attention_behavior].fusion == "sum":
         raise ConfigError(

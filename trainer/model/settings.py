@@ -151,7 +151,9 @@ class BranchConfig(_BranchKeys):
             "temperature": self.searches and self.score == "dot" and self.attend != (),
             "heads": self.projection == "heads",
             "head_dim": self.projection == "heads",
-            "time_dim": self.time_target == "target" and self.time == "bias" and marks,
+            "time_dim": marks
+            and (self.time == "concat" or (self.time_target == "target" and self.time == "bias")),
+            "time_tables": marks,
             "time_group": self.time_target != "shared",
             "attention_owner": self.searches,
         }
@@ -175,6 +177,12 @@ class BranchConfig(_BranchKeys):
             f'time_target = "{self.time_target}" needs time_group, a feature of candidates': (
                 self.time_target != "shared" and not self.time_group
             ),
+            **self._time_problems(),
+            'cross_in with "values" needs sequence = "attention" with several heads, whose maps they pass': (
+                bool(self.roles.cross)
+                and "values" in self.cross_in
+                and (not self.sequence_kind.takes_cross or self.heads == 1)
+            ),
             'heads > 1 needs projection = "heads"': (
                 self.heads > 1 and self.projection != "heads" and "heads" not in self.sequence_kind.uses
             ),
@@ -189,6 +197,24 @@ class BranchConfig(_BranchKeys):
         }
         _refuse(problems)
         return self
+
+    def _time_problems(self) -> dict[str, bool]:
+        """What is wrong with how time is encoded."""
+        kinds = _names(SEQUENCES, "takes_columns", True)
+        return {
+            f'time = "concat" goes with sequence = {kinds}: the others add encodings': (
+                self.time == "concat" and not self.sequence_kind.takes_columns
+            ),
+            'time = "concat" takes time_target = "shared"': (
+                self.time == "concat" and self.time_target != "shared"
+            ),
+            'time_tables = "group" with time = "encoding" scores whole vectors: leave out attend': (
+                self.time == "encoding"
+                and self.time_tables == "group"
+                and set(self.time_in) == {"scores", "values"}
+                and self.attend is not None
+            ),
+        }
 
 
 class ModelConfig(BranchConfig, _ModelKeys):
@@ -305,8 +331,8 @@ HEAD_KEYS = [
 # Keys of a branch that only some kinds look at.
 _KINDS: list[type[Search] | type[SequenceModel]] = [*SEARCHES.values(), *SEQUENCES.values()]
 CONDITIONAL_KEYS = set[str]().union(*(_keys_of(kind) for kind in _KINDS))
-CONDITIONAL_KEYS |= {"score_hidden", "temperature", "heads", "head_dim"}
-CONDITIONAL_KEYS |= {"time_dim", "time_group", "attention_owner"}
+CONDITIONAL_KEYS |= {"score_hidden", "temperature", "heads", "head_dim", "attention_owner"}
+CONDITIONAL_KEYS |= {"time_dim", "time_group", "time_tables"}
 
 
 def _names(table: Mapping[str, Any], fact: str, value: bool) -> str:

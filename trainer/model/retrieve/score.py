@@ -23,6 +23,7 @@ from trainer.model.ops.tiling import tiling_of
 from trainer.model.ops.traced import is_traced
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeBias, TimeEncoding
+from trainer.model.time_vectors import borrow
 from trainer.model.windows import Selection, Slots, Windows, one_each
 
 
@@ -34,6 +35,7 @@ class AttentionVectors:
         query_CD, key_ND: of candidates and behaviors; N is at least 1 (a padding row).
         group_C: int64 [C], each candidate's target group, 0 without groups.
         cross_N: float32 [N], additive score of each behavior from its cross features, or None.
+        beside_ND: vectors of cross features that are a part of the behaviors' values, or None.
         known: what follows from the behaviors alone and was made before, by names that its users give
             (`Scorer.of_behaviors`, `Search.of_behaviors`): [N, *] each; None where nothing was.
     """
@@ -43,6 +45,7 @@ class AttentionVectors:
     group_C: Tensor
     cross_N: Tensor | None = None
     known: Mapping[str, Tensor] | None = None
+    beside_ND: Tensor | None = None
 
     def known_or(self, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
         """What is known by this name, or else what follows from the keys."""
@@ -130,6 +133,7 @@ class DotScorer(Scorer):
         heads: H.
         bias, encoding: how marks enter, either or none.
         temperature: what products are divided by besides.
+        borrows: the encoding is that of the values, which have its parameters.
     """
 
     def __init__(
@@ -140,10 +144,17 @@ class DotScorer(Scorer):
         bias: TimeBias | None,
         encoding: TimeEncoding | None,
         temperature: float = 1.0,
+        *,
+        borrows: bool = False,
     ) -> None:
         super().__init__(bias)
         self.temperature = temperature
-        self.query, self.key, self.heads, self.encoding = query, key, heads, encoding
+        self.query, self.key, self.heads = query, key, heads
+        self.encoding: TimeEncoding | None
+        if borrows:
+            borrow(self, "encoding", encoding)
+        else:
+            self.encoding = encoding
 
     @property
     def shares_bias(self) -> bool:
@@ -334,12 +345,7 @@ class FeatureProjection(nn.Module):
 
 def build_scorer(settings: BranchKeys, sizes: BranchSizes) -> Scorer:
     """The scorer of both stages of a branch."""
-    rows, groups = sizes.mark_rows("scores"), sizes.target_groups()
-    bias = encoding = None
-    if rows and settings.time == "encoding":
-        encoding = TimeEncoding(rows, sizes.width, settings.time_target, groups)
-    elif rows:
-        bias = TimeBias(rows, settings.time_target, groups, settings.time_dim)
+    bias, encoding, of_values = sizes.score_time()
     if settings.score == "mlp":
         return MlpScorer(sizes.width, settings.score_hidden, bias)
     query: nn.Module | None = None
@@ -349,7 +355,7 @@ def build_scorer(settings: BranchKeys, sizes: BranchSizes) -> Scorer:
         begin_alike(query, key)
     elif settings.projection == "heads":
         query, key = twin_projections(sizes.width, settings.heads, settings.head_dim)
-    return DotScorer(query, key, settings.heads, bias, encoding, settings.temperature)
+    return DotScorer(query, key, settings.heads, bias, encoding, settings.temperature, borrows=of_values)
 
 
 def softmax_weights(score: Tensor, mask: Tensor) -> Tensor:
