@@ -24,6 +24,7 @@ from trainer.model.heads.experts import ExpertsHead
 from trainer.model.heads.head import DotHead, Head, MlpHead
 from trainer.model.heads.retrieval import RetrievalHead
 from trainer.model.read.collision import HashCollision
+from trainer.model.read.longer import MergedTokens
 from trainer.model.read.sasrec import TargetDecoupledSasrec
 from trainer.model.read.sequence import SequenceModel
 from trainer.model.read.stacked import StackedTin
@@ -50,6 +51,7 @@ SEQUENCES: dict[str, type[SequenceModel]] = {
     "collision": HashCollision,
     "sasrec": TargetDecoupledSasrec,
     "stca": TargetToHistory,
+    "longer": MergedTokens,
 }
 """The sequence models, by their names in `model.sequence`."""
 HEADS: dict[str, type[Head]] = {
@@ -104,7 +106,8 @@ class BranchConfig(_BranchKeys):
     """The sequence model of stage two. `attention` sums the kept behaviors by their weights. `stacked` is
     Stacked TIN with `layers` orders. `collision` is SDIM with `hashes` signatures of `hash_bits`, and has no
     search. `sasrec` is a target-decoupled SASRec of `layers` blocks, and has no search. `stca` has the
-    candidate attend to its whole window in `layers` layers, without attention among behaviors."""
+    candidate attend to its whole window in `layers` layers, without attention among behaviors. `longer` merges
+    each `merge` neighbors into a token; candidate and newest tokens attend to all tokens. Neither searches."""
 
     @property
     def search_kind(self) -> type[Search]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 def split_heads(part: Tensor, heads: int) -> Tensor:
     """[B, N, heads * d] -> [B, heads, N, d]."""
-    return part.unflatten(2, (heads, -1)).transpose(1, 2)
+    of_heads: Tensor = part.unflatten(2, (heads, -1))
+    return of_heads.transpose(1, 2)
 
 
 def join_heads(part: Tensor) -> Tensor:
