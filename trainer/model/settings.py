@@ -106,8 +106,9 @@ class BranchConfig(_BranchKeys):
     """The sequence model of stage two. `attention` sums the kept behaviors by their weights. `stacked` is
     Stacked TIN with `layers` orders. `collision` is SDIM with `hashes` signatures of `hash_bits`, and has no
     search. `sasrec` is a target-decoupled SASRec of `layers` blocks, and has no search. `stca` has the
-    candidate attend to its whole window in `layers` layers, without attention among behaviors. `longer` merges
-    each `merge` neighbors into a token; candidate and newest tokens attend to all tokens. Neither searches."""
+    candidate attend to its whole window in `layers` layers, without attention among behaviors. `longer`
+    merges each `merge` neighbors into a token; candidate and newest tokens attend to all tokens. Neither of
+    the two searches."""
 
     @property
     def search_kind(self) -> type[Search]:
