@@ -22,6 +22,7 @@ from launch.options import (
     Checkpoint,
     ConfigFile,
     Device,
+    HistoryLength,
     MoreOverrides,
     Overrides,
     Overwrite,
@@ -214,12 +215,13 @@ def evaluate(
         int, Option(min=0, help="About so many candidates at most, those of some users; 0: all.")
     ] = 0,
     weights: Weights = "raw",
+    history_length: HistoryLength = 0,
 ) -> None:
     """Measure a trained run: AUC, log loss, calibration."""
     with quick_imports():
         from pipelines.evaluate import evaluate as run
 
-    run(run_folder, split, checkpoint, device, sample, weights)
+    run(run_folder, split, checkpoint, device, sample, weights, history_length)
 
 
 app.command()(analyze)

@@ -104,7 +104,9 @@ class BranchKeys(Settings):
     head_dim: Width = 16
     """The width of an attention head, or of the vectors that `soft` searches by."""
     layers: int = Field(2, ge=1, le=128)
-    """The orders of `stacked`, or the blocks of `sasrec`."""
+    """The orders of `stacked`, the blocks of `sasrec`, or the layers of `stca` and `longer`."""
+    expansion: int = Field(2, ge=1, le=64)
+    """The hidden width of the feed-forward networks of `stca` and `longer`, in multiples of their width."""
     hash_bits: int = Field(3, ge=1, le=4096)
     """The bits of one signature of `collision`, or all bits that `simhash` compares."""
     attention_owner: str = ""

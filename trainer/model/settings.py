@@ -24,9 +24,11 @@ from trainer.model.heads.experts import ExpertsHead
 from trainer.model.heads.head import DotHead, Head, MlpHead
 from trainer.model.heads.retrieval import RetrievalHead
 from trainer.model.read.collision import HashCollision
+from trainer.model.read.longer import MergedTokens
 from trainer.model.read.sasrec import TargetDecoupledSasrec
 from trainer.model.read.sequence import SequenceModel
 from trainer.model.read.stacked import StackedTin
+from trainer.model.read.stca import TargetToHistory
 from trainer.model.read.target_attention import TargetAttention
 from trainer.model.retrieve.all import AllSearch, RecentSearch
 from trainer.model.retrieve.dot import DotSearch, SoftSearch
@@ -48,6 +50,8 @@ SEQUENCES: dict[str, type[SequenceModel]] = {
     "stacked": StackedTin,
     "collision": HashCollision,
     "sasrec": TargetDecoupledSasrec,
+    "stca": TargetToHistory,
+    "longer": MergedTokens,
 }
 """The sequence models, by their names in `model.sequence`."""
 HEADS: dict[str, type[Head]] = {
@@ -101,7 +105,10 @@ class BranchConfig(_BranchKeys):
     sequence: _Sequence = "attention"
     """The sequence model of stage two. `attention` sums the kept behaviors by their weights. `stacked` is
     Stacked TIN with `layers` orders. `collision` is SDIM with `hashes` signatures of `hash_bits`, and has no
-    search. `sasrec` is a target-decoupled SASRec of `layers` blocks, and has no search."""
+    search. `sasrec` is a target-decoupled SASRec of `layers` blocks, and has no search. `stca` has the
+    candidate attend to its whole window in `layers` layers, without attention among behaviors. `longer`
+    merges each `merge` neighbors into a token; candidate and newest tokens attend to all tokens. Neither of
+    the two searches."""
 
     @property
     def search_kind(self) -> type[Search]:
