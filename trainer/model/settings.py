@@ -24,6 +24,7 @@ from trainer.model.heads.experts import ExpertsHead
 from trainer.model.heads.head import DotHead, Head, MlpHead
 from trainer.model.heads.retrieval import RetrievalHead
 from trainer.model.read.collision import HashCollision
+from trainer.model.read.hstu import Hstu
 from trainer.model.read.sasrec import TargetDecoupledSasrec
 from trainer.model.read.sequence import SequenceModel
 from trainer.model.read.stacked import StackedTin
@@ -48,6 +49,7 @@ SEQUENCES: dict[str, type[SequenceModel]] = {
     "stacked": StackedTin,
     "collision": HashCollision,
     "sasrec": TargetDecoupledSasrec,
+    "hstu": Hstu,
 }
 """The sequence models, by their names in `model.sequence`."""
 HEADS: dict[str, type[Head]] = {
@@ -101,7 +103,10 @@ class BranchConfig(_BranchKeys):
     sequence: _Sequence = "attention"
     """The sequence model of stage two. `attention` sums the kept behaviors by their weights. `stacked` is
     Stacked TIN with `layers` orders. `collision` is SDIM with `hashes` signatures of `hash_bits`, and has no
-    search. `sasrec` is a target-decoupled SASRec of `layers` blocks, and has no search."""
+    search. `sasrec` is a target-decoupled SASRec of `layers` blocks, and has no search. `hstu` is gated
+    pointwise attention of `layers` layers among behaviors and of the candidate to them, with `heads` of
+    `head_dim`; its cost is quadratic in the behaviors, so `search = "recent"` lets it look at the
+    newest `k`."""
 
     @property
     def search_kind(self) -> type[Search]:
