@@ -116,6 +116,7 @@ class Hstu(TargetPooling):
         self, width: int, layers: int, heads: int, dim: int, longest: int, *, target_aware: bool = True
     ) -> None:
         super().__init__(width, target_aware)
+        self.longest = longest
         self.layers = nn.ModuleList(
             PointwiseLayer(width, heads, dim, longest + 1, 1 / longest) for _ in range(layers)
         )
@@ -165,7 +166,8 @@ class Hstu(TargetPooling):
         # Columns are newest first: a behavior sees itself and those to its right.
         place = column[None, :] - column[:, None]
         seen = mask[:, None, :] & (place >= 0)
-        place = place.clamp(min=0)[None]
+        # Padding may be wider than any window is long.
+        place = place.clamp(min=0, max=self.longest)[None]
         bucket = age_bucket(seconds[:, None, :] - seconds[:, :, None])
         bucket = torch.where(place > 0, bucket, 0)
         known = []
