@@ -221,7 +221,7 @@ class Config(Settings):
                 f'branch {branch!r}: sequence = "{settings.sequence}" must not see which behaviors a search '
                 'retrieved for a candidate; set search = "recent"'
             )
-        if cut and settings.sequence_kind.needs_seconds and not settings.newest:
+        if cut and settings.sequence_kind.needs_stretch and not settings.newest:
             raise ValueError(
                 f'branch {branch!r}: sequence = "{settings.sequence}" reads stretches of the history, and '
                 'data.search or data.clusters leaves gaps; set search = "recent"'

@@ -29,6 +29,7 @@ from trainer.model.read.sasrec import TargetDecoupledSasrec
 from trainer.model.read.sequence import SequenceModel
 from trainer.model.read.stacked import StackedTin
 from trainer.model.read.target_attention import TargetAttention
+from trainer.model.read.vista import Vista
 from trainer.model.retrieve.all import AllSearch, RecentSearch
 from trainer.model.retrieve.dot import DotSearch, SoftSearch
 from trainer.model.retrieve.hard import HardSearch
@@ -50,6 +51,7 @@ SEQUENCES: dict[str, type[SequenceModel]] = {
     "collision": HashCollision,
     "sasrec": TargetDecoupledSasrec,
     "hstu": Hstu,
+    "vista": Vista,
 }
 """The sequence models, by their names in `model.sequence`."""
 HEADS: dict[str, type[Head]] = {
@@ -106,7 +108,9 @@ class BranchConfig(_BranchKeys):
     search. `sasrec` is a target-decoupled SASRec of `layers` blocks, and has no search. `hstu` is gated
     pointwise attention of `layers` layers among behaviors and of the candidate to them, with `heads` of
     `head_dim`; its cost is quadratic in the behaviors, so `search = "recent"` lets it look at the
-    newest `k`."""
+    newest `k`.
+    `vista` summarises the window in `seeds` tokens by `layers` layers of quasi-linear attention, whoever the
+    candidates are, and a candidate attends to these tokens alone."""
 
     @property
     def search_kind(self) -> type[Search]:

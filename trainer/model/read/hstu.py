@@ -86,6 +86,7 @@ class Hstu(TargetPooling):
 
     uses = frozenset({"layers", "heads", "head_dim"})
     on_windows = True
+    needs_stretch = True
     needs_seconds = True
 
     @classmethod
