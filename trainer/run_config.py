@@ -60,6 +60,7 @@ class Config(Settings):
             used |= settings.roles.used()
             self._check_sets(branch, settings)
             self._check_data(branch, settings)
+            self._check_content(branch, settings)
         self._check_owners()
         unused = set(self.groups) - used
         if unused:
@@ -204,6 +205,21 @@ class Config(Settings):
                 f"owner, as {where} = 4 does"
             )
 
+    def _check_content(self, branch: str, settings: BranchConfig) -> None:
+        """Raise an error if groups name vectors that there are not, or a branch lacks those it compares."""
+        for name, group in self.groups.items():
+            if group.vectors and group.vectors not in self.data.vectors:
+                known = ", ".join(self.data.vectors) or "none"
+                raise ValueError(f"groups.{name}.vectors = {group.vectors!r}: [data.vectors] has {known}")
+        roles = settings.roles
+        if settings.sequence_kind.needs_content and not (
+            self.groups[roles.attention_target].vectors and self.groups[roles.attention_behavior].vectors
+        ):
+            raise ValueError(
+                f'branch {branch!r}: sequence = "{settings.sequence}" compares contents: let both attention '
+                "roles name a group whose rows are pre-trained, see groups.<name>.vectors"
+            )
+
     def _check_data(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if the reader does not deliver what a branch works on."""
         data = self.data
@@ -322,7 +338,7 @@ def _build_group(
         for set_, settings in sets.items()
         for feature in features
     )
-    return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets))
+    return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets), given=bool(group.vectors))
 
 
 def _check_model(config: Config, groups: Mapping[str, TableGroup]) -> None:

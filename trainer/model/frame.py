@@ -357,7 +357,7 @@ class TwoStageModel(nn.Module):
 
     def look_up(self, name: str, bags: KeyedJaggedTensor) -> KeyedTensor:
         """What the collection of a group gives; of a frozen group without a graph, as its rows stay."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.lookups.frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.lookups.stays(name)):
             return self.collections[name](bags)
 
 

@@ -25,6 +25,7 @@ from trainer.model.heads.head import DotHead, Head, MlpHead
 from trainer.model.heads.retrieval import RetrievalHead
 from trainer.model.read.collision import HashCollision
 from trainer.model.read.hstu import Hstu
+from trainer.model.read.muse import Muse
 from trainer.model.read.sasrec import TargetDecoupledSasrec
 from trainer.model.read.sequence import SequenceModel
 from trainer.model.read.stacked import StackedTin
@@ -52,6 +53,7 @@ SEQUENCES: dict[str, type[SequenceModel]] = {
     "sasrec": TargetDecoupledSasrec,
     "hstu": Hstu,
     "vista": Vista,
+    "muse": Muse,
 }
 """The sequence models, by their names in `model.sequence`."""
 HEADS: dict[str, type[Head]] = {
@@ -110,7 +112,8 @@ class BranchConfig(_BranchKeys):
     `head_dim`; its cost is quadratic in the behaviors, so `search = "recent"` lets it look at the
     newest `k`.
     `vista` summarises the window in `seeds` tokens by `layers` layers of quasi-linear attention, whoever the
-    candidates are, and a candidate attends to these tokens alone."""
+    candidates are, and a candidate attends to these tokens alone. `muse` mixes the score of ids with the
+    cosine of pre-trained contents and gives the head a histogram of these cosines."""
 
     @property
     def search_kind(self) -> type[Search]:

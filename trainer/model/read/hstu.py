@@ -68,7 +68,8 @@ class PointwiseLayer(nn.Module):
 
     def updated(self, state: Tensor, gate: Tensor, pooled: Tensor) -> Tensor:
         """State, U and what was pooled, [W, H, n, d] -> the next state [W, n, D]."""
-        return state + self.out(self.norm_pooled(pooled.transpose(1, 2).flatten(2)) * gate)
+        updated: Tensor = state + self.out(self.norm_pooled(pooled.transpose(1, 2).flatten(2)) * gate)
+        return updated
 
 
 class Hstu(TargetPooling):

@@ -48,7 +48,9 @@ class QuasiLinearLayer(nn.Module):
         """What tokens leave to be read: normed states [W, n, D] and their mask [W, n] -> [W, H, d, d]."""
         # A key of nothing is not nothing, but its value is.
         value = self._of_heads(self.value(normed) * mask[:, :, None])
-        return F.silu(self._of_heads(F.silu(self.key(normed))).transpose(2, 3) @ value * self.scale)
+        key = self._of_heads(F.silu(self.key(normed)))
+        memory: Tensor = F.silu(key.transpose(2, 3) @ value * self.scale)
+        return memory
 
     def forward(self, state: Tensor, mask: Tensor, read: int) -> Tensor:
         """The next states of the last `read` of the tokens: [W, n, D] -> [W, read, D]."""
