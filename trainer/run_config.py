@@ -59,6 +59,7 @@ class Config(Settings):
             used |= settings.roles.used()
             self._check_sets(branch, settings)
             self._check_data(branch, settings)
+            self._check_content(branch, settings)
         self._check_owners()
         for problem in against_init_like(self.groups):
             raise ValueError(problem)
@@ -211,6 +212,21 @@ class Config(Settings):
                 f"owner, as {where} = 4 does"
             )
 
+    def _check_content(self, branch: str, settings: BranchConfig) -> None:
+        """Raise an error if groups name vectors that there are not, or a branch lacks those it compares."""
+        for name, group in self.groups.items():
+            if group.vectors and group.vectors not in self.data.vectors:
+                known = ", ".join(self.data.vectors) or "none"
+                raise ValueError(f"groups.{name}.vectors = {group.vectors!r}: [data.vectors] has {known}")
+        roles = settings.roles
+        if settings.sequence_kind.needs_content and not (
+            self.groups[roles.attention_target].vectors and self.groups[roles.attention_behavior].vectors
+        ):
+            raise ValueError(
+                f'branch {branch!r}: sequence = "{settings.sequence}" compares contents: let both attention '
+                "roles name a group whose rows are pre-trained, see groups.<name>.vectors"
+            )
+
     def _check_data(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if the reader does not deliver what a branch works on."""
         data = self.data
@@ -227,6 +243,11 @@ class Config(Settings):
             raise ValueError(
                 f'branch {branch!r}: sequence = "{settings.sequence}" must not see which behaviors a search '
                 'retrieved for a candidate; set search = "recent"'
+            )
+        if cut and settings.sequence_kind.needs_stretch and not settings.newest:
+            raise ValueError(
+                f'branch {branch!r}: sequence = "{settings.sequence}" reads stretches of the history, and '
+                'data.search or data.clusters leaves gaps; set search = "recent"'
             )
         kind = self.model.auxiliary_kind
         if cut and branch == "main" and kind is not None and kind.retrieves and not settings.newest:
@@ -328,7 +349,14 @@ def _build_group(
         for feature in features
     )
     return TableGroup(
-        name, tables, optimizer, group.first_weights, *kinds, sets=tuple(sets), like=group.init_like
+        name,
+        tables,
+        optimizer,
+        group.first_weights,
+        *kinds,
+        sets=tuple(sets),
+        like=group.init_like,
+        given=bool(group.vectors),
     )
 
 

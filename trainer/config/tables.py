@@ -64,6 +64,9 @@ class GroupConfig(Settings):
     them. `tasks` means one shared set, and one for each task, which that task owns (STEM), with
     `model.head = "experts"`. A table names the sets one by one, see
     [groups.<name>.sets.<name>]."""
+    vectors: str = ""
+    """A name of [data.vectors]: the pre-trained vectors that are the rows of this group's one table, at
+    length 1 and of width `dim`. Nothing trains them. Empty means that rows are trained."""
     optimizer: RowOptimizerName = "rowwise_adagrad"
     """The optimizer of the rows, which the backward pass updates (see docs/tables.md)."""
     learning_rate: float = Field(0.05, gt=0)
@@ -120,6 +123,11 @@ class GroupConfig(Settings):
 
     @model_validator(mode="after")
     def _check_together(self) -> GroupConfig:
+        if self.vectors and (len(self.features) != 1 or self.sets != 1 or self.dtype != "fp32"):
+            raise ValueError(
+                "vectors are the rows of one table: name the one feature that has them, without sets, with "
+                'dtype = "fp32", in which their products are exact'
+            )
         if self.sets == {}:
             raise ValueError("sets names no set: give one or more, or a number")
         if self.kind == "sequence" and self.sets != 1:

@@ -25,7 +25,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_without_ranks_scores_as_one_of_the_longer_history(log: Path, tmp_path: Path) -> None:
-    """The scores are those of the same weights in a run of that length, and are kept under names of theirs."""
+    """The scores are those of the same weights in a run of that length, kept under names of their own."""
     run, twin = tmp_path / "run", tmp_path / "twin"
     save_run(run, log, "stca")
     save_run(twin, log, "stca", f"data.history_length={READ}")
