@@ -1,14 +1,14 @@
 """A gradient-boosted tree on hand-made counts of a sequence log, which a model of embeddings must beat
 
-    tandemrec bench tree --log runs/demo/log [--trials 6] [--history-length 500] [--share 0.5] [--page FILE.md]
+    tandemrec bench tree --log runs/demo/log [--trials 6] [--history-length 500] [--share 0.5]
 
 For each candidate and each of item_id and the taxonomy levels: how many behaviors of the request's window
 have the candidate's id, the same decayed with a half-life of 30 days, and the seconds since the newest of
 them. Besides, the item's popularity before the validation period (where the log has a vocabulary), the number
 of visible behaviors and the seconds since the newest one. Nothing at or after the request's time enters.
 scikit-learn's HistGradientBoostingClassifier, trained on the train split alone. Its settings and the number
-of its trees are chosen by the AUC of the validation split, among `--trials` settings of a fixed grid; the test
-split is read once, at the end.
+of its trees are chosen by the AUC of the validation split, among `--trials` settings of a fixed grid; the
+test split is read once, at the end.
 """
 
 from __future__ import annotations
