@@ -3,10 +3,12 @@
     tandemrec bench league --out runs/league --jobs 2 [--logs NAME,...] [--presets NAME,...] [--seeds 17,18]
         [--steps N] [--raw devlog=DIR] [--page FILE.md]
     tandemrec bench league --smoke --out runs/league-smoke
+    tandemrec bench league --adopt complete_journey/twin=STUDY/best.toml
 
 league.toml beside this file says what there is. Logs that are missing are made. Each run is a process of
 one thread: it trains, validates, scores the test split once and ends; a finished run is one line of
 OUT/LOG/results.jsonl. Started again, the same command skips what is there and resumes what was interrupted.
+--adopt takes what `tandemrec tune` has chosen for a log and a preset into rates/, where the league finds it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 from benchmarks.harness.options import Options, own_command
 from benchmarks.harness.report import Report
+from benchmarks.league.adopt import adopt
 from benchmarks.league.declared import Entry, League, Tree, entries_of, names_of, read_league, tuned_or_own
 from benchmarks.league.draws import Model, read_drawn
 from benchmarks.league.fitting import misfit
@@ -63,6 +66,7 @@ def options_of() -> Options:
     options.add_argument("--keep", action="store_true", help="keep the checkpoints of finished logs")
     options.add_argument("--jobs", type=int, default=1, help="runs side by side; 0: in this process")
     options.add_argument("--threads", type=int, default=1, help="of each run")
+    options.add_argument("--adopt", action="append", metavar="LOG/PRESET=BEST", help="take tuned rates")
     options.overriding()
     options.add_argument("--one", type=Path, help="make one run only, of this config, in this process")
     options.add_argument("--line", choices=sorted(LINES), help="the same of a line to beat")
@@ -70,38 +74,46 @@ def options_of() -> Options:
 
 
 def main(words: Sequence[str]) -> None:
-    options = options_of()
-    given = options.read(words)
+    given = options_of().read(words)
     if given.one or given.line:
         run_one(given)
         return
-    league = _asked_for(read_league(), given)
+    league = read_league()
+    if given.adopt:
+        for each in given.adopt:
+            _adopt(each, league)
+        return
+    league = _asked_for(league, given)
     report = Report(given, "League", n=len(league.seeds))
     report.lines(INTRODUCTION.strip().splitlines())
     raw = dict(_named(each) for each in given.raw)
-    failed: list[str] = []
-    for name, log in league.logs.items():
-        try:
-            place = make_log(name, log, given.out, raw, given.smoke)
-        except TandemError as error:
-            failed.append(f"{name}: {error}")
-            report.lines([f"## {log.title}"])
-            report.line(f"Not run: {error}")
-            continue
-        played = play(league, name, place, given)
-        failed += played.failed
-        if played.records:
-            section = _section(league, name, place, played, given)
-            show_section(report, section, league.pairs)
-            report.line(progress_of(played.records, len(played.jobs)))
-            report.line(environment_line(played.records, max(given.jobs, 1)))
-            report.rows += played.records
-        if not played.failed and not given.keep:
-            _trim(given.out / name)
+    failed = [problem for name in league.logs for problem in _show_log(report, league, name, raw, given)]
     report.close()
     if failed:
         print("\n".join(failed), file=sys.stderr)
         raise SystemExit(f"{len(failed)} parts are missing, see above; the same command tries them again")
+
+
+def _show_log(
+    report: Report, league: League, name: str, raw: Mapping[str, Path], given: Any
+) -> Sequence[str]:
+    """Run what is missing of a log and show its section; what went wrong, in a line each."""
+    log = league.logs[name]
+    try:
+        place = make_log(name, log, given.out, raw, given.smoke)
+    except TandemError as error:
+        report.lines([f"## {log.title}"])
+        report.line(f"Not run: {error}")
+        return [f"{name}: {error}"]
+    played = play(league, name, place, given)
+    if played.records:
+        show_section(report, _section(league, name, place, played, given), league.pairs)
+        report.line(progress_of(played.records, len(played.jobs)))
+        report.line(environment_line(played.records, max(given.jobs, 1)))
+        report.rows += played.records
+    if not played.failed and not given.keep:
+        _trim(given.out / name)
+    return played.failed
 
 
 def play(league: League, name: str, place: Path, given: Any) -> Played:
@@ -212,6 +224,14 @@ def _known(option: str, names: Sequence[str], known: Mapping[str, object]) -> No
             raise ConfigError(f"{option}: {name!r} is not one of {', '.join(sorted(known))}")
 
 
+def _adopt(text: str, league: League) -> None:
+    name, best = _named(text)
+    log, _, preset = name.partition("/")
+    _known("--adopt", [log], league.logs)
+    _known("--adopt", [preset], names_of(league))
+    print(adopt(best, log, preset))
+
+
 def _limits(given: Any) -> list[str]:
     return [*([f"train.max_steps={given.steps}"] if given.steps else []), *given.overrides]
 
@@ -223,7 +243,7 @@ def _words(text: str) -> list[str]:
 def _named(text: str) -> tuple[str, Path]:
     name, _, place = text.partition("=")
     if not place:
-        raise ConfigError(f"--raw {text}: write NAME=PLACE")
+        raise ConfigError(f"{text!r}: write NAME=PLACE")
     return name, Path(place).absolute()
 
 

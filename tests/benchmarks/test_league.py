@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.league.__main__ import main
+from benchmarks.league.adopt import adopt
 from benchmarks.league.declared import config_of, entries_of, names_of, read_league
 from benchmarks.league.draws import (
     DRAWS,
@@ -79,6 +80,19 @@ def test_tuned_configs_are_taken_where_there_are_some(tmp_path: Path) -> None:
         ("history_free", False),
     ]
     assert load_config(found[0].config).train.learning_rate == 0.01
+
+
+def test_what_a_study_has_chosen_is_adopted(tmp_path: Path) -> None:
+    best = tmp_path / "best.toml"
+    best.write_text('extends = "x.toml"\ndata.log = "/at/home"\ntrain.seed = 3\ntrain.learning_rate = 0.02\n')
+    place = adopt(best, "far", "twin", tmp_path / "rates")
+    assert place == tmp_path / "rates" / "far" / "twin.toml" and "at/home" not in place.read_text()
+    found, own = load_config(place), load_config(config_of("twin"))
+    assert found == own.model_copy(update={"train": own.train.model_copy(update={"learning_rate": 0.02})})
+    with pytest.raises(ConfigError, match=r"none\.toml"):
+        adopt(tmp_path / "none.toml", "far", "twin", tmp_path)
+    with pytest.raises(ConfigError, match="--adopt: 'fahr' is not one of agree, "):
+        main(["--adopt", f"fahr/twin={best}"])
 
 
 def test_a_preset_that_a_log_does_not_fit_is_left_out_with_a_reason(log: Path) -> None:
@@ -287,7 +301,7 @@ def test_the_small_league_from_nothing_to_its_page_and_once_more(
     assert set(models) >= {"dare", "twin_paper_dare", "own count", "history-free", "tree"}
     aucs = {record["preset"]: record["test"]["auc"] for record in records if record["seed"] in (0, 17)}
     assert aucs["tree"] > 0.8 > aucs["history_free"] and "| `dare` - `twin_paper_dare` |" in page
-    # A run that a kill met just before its end: what is there is not made again, and the test split stays closed.
+    # A run that a kill met just before its end: what is there is not made again, the test split stays closed.
     (name, *_) = (record["name"] for record in records if record["preset"] == "dare")
     for file in (FACTS, DRAWS):
         (folder / name / file).unlink()
