@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from embeddings.errors import ConfigError
-from embeddings.first_rows import FirstWeights
+from embeddings.first_rows import FIRST_SCALES, FirstWeights
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.ids.rules import IdRules, part_name
 from embeddings.optimizers import FusedOptimizer
@@ -118,6 +118,22 @@ class Config(Settings):
         for problem in against_per_task(self.train, self.groups, self.plan, covariance):
             raise ValueError(f"{key}: {problem}")
         return self
+
+    def first_weights(self, group: str) -> FirstWeights:
+        """The distribution of a group's first weights, by its roles where the config does not say."""
+        given = self.groups[group]
+        scored = any(group in branch.scored_groups for branch in self.model.all_branches().values())
+        kind = given.init or ("normal" if scored and given.init_scale is None else "uniform")
+        return FirstWeights(kind, given.init_scale or FIRST_SCALES[kind])
+
+    def with_first_weights(self) -> Config:
+        """The same with the first weights of every group as if they had been given."""
+        first = {name: self.first_weights(name) for name in self.groups}
+        groups = {
+            name: group.model_copy(update={"init": first[name].kind, "init_scale": first[name].scale})
+            for name, group in self.groups.items()
+        }
+        return self.model_copy(update={"groups": groups})
 
     @property
     def rules(self) -> Set[UpdateRule]:
@@ -237,8 +253,12 @@ class Config(Settings):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file; see `trainer.config.toml.load_settings` for the errors."""
-    return load_settings(Config, path, overrides)
+    """Read a config file; see `trainer.config.toml.load_settings` for the errors.
+
+    What first weights are by default is filled in, so that a run keeps its own where a later version has
+    others.
+    """
+    return load_settings(Config, path, overrides).with_first_weights()
 
 
 def of_files(path: Path, overrides: Sequence[str] = ()) -> AbstractContextManager[None]:
@@ -282,7 +302,14 @@ def build_groups(
         of_context = name in [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
         allowed = (context_rows or {}) if of_context else item_rows
         own = {feature: sizes[feature] for feature in allowed}
-        groups[name] = _build_group(name, group, own, tasks, sizes.get(config.data.domain, 0))
+        if group.init_like and group.init_like not in set(config.groups) - {name}:
+            others = ", ".join(sorted(set(config.groups) - {name})) or "none"
+            raise ConfigError(
+                f"groups.{name}.init_like = {group.init_like!r} is no other group; there are: {others}"
+            )
+        groups[name] = _build_group(
+            name, group, config.first_weights(name), own, tasks, sizes.get(config.data.domain, 0)
+        )
         groups[name] = groups[name].with_keys(*config.own_keys(name))
     for branch in config.model.all_branches().values():
         _check_branch(branch, groups)
@@ -291,7 +318,12 @@ def build_groups(
 
 
 def _build_group(
-    name: str, group: GroupConfig, rows: Mapping[str, int], tasks: Sequence[Task], domains: int
+    name: str,
+    group: GroupConfig,
+    first: FirstWeights,
+    rows: Mapping[str, int],
+    tasks: Sequence[Task],
+    domains: int,
 ) -> TableGroup:
     """One group: over the features that it names, or over all features of `rows`."""
     features = group.features or tuple(rows)
@@ -309,7 +341,6 @@ def _build_group(
         problem = f"{sorted(stray)[0]!r}, which is no feature of the group"
         raise ConfigError(f"groups.{name}.dim gives a width for {problem}")
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
-    first = FirstWeights(group.init, group.init_scale)
     kinds = (group.sharding, group.kind, group.dtype, group.fusion, group.stochastic_rounding)
     sets = sets_of(name, group, tasks, domains)
     tables = tuple(
@@ -317,7 +348,7 @@ def _build_group(
         for set_, settings in sets.items()
         for feature in features
     )
-    return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets))
+    return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets), like=group.init_like)
 
 
 def _check_model(config: Config, groups: Mapping[str, TableGroup]) -> None:

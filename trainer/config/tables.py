@@ -68,10 +68,18 @@ class GroupConfig(Settings):
     """The learning rate of the rows, before any schedule."""
     eps: float = Field(1e-8, gt=0)
     """The number that is added to the root of the optimizer's accumulator."""
-    init: Literal["uniform", "normal"] = "uniform"
-    """The distribution of the first weights: `uniform` in [-init_scale, init_scale), or `normal`."""
-    init_scale: float = Field(0.05, gt=0)
-    """Half the width of `uniform` first weights, and the standard deviation of `normal` ones."""
+    init: Literal["uniform", "normal"] | None = None
+    """The distribution of the first weights: `uniform` in [-init_scale, init_scale), or `normal`. If neither
+    this key nor `init_scale` is set, groups whose vectors are scored begin with `normal` and 0.25, so that
+    equal ids score higher than others before anything is learned, and all others with `uniform` and 0.05
+    (docs/training.md). If `init_scale` alone is set, the distribution is `uniform`."""
+    init_scale: float | None = Field(None, gt=0)
+    """Half the width of `uniform` first weights, and the standard deviation of `normal` ones. Not set means
+    0.05 for `uniform` and 0.25 for `normal`."""
+    init_like: str = ""
+    """Another group, with whose random numbers the tables of this group begin, feature by feature. Where one
+    serves candidates and the other behaviors, both have the same vector of an id before anything is learned
+    (docs/training.md). Empty means numbers of its own."""
     max_gradient: float = Field(0.0, ge=0)
     """The bound on every element of the gradient of every bag. 0 means no bound."""
     sharding: tuple[ShardingName, ...] = ()

@@ -119,6 +119,13 @@ class BranchConfig(_BranchKeys):
         return not self.sequence_kind.on_windows
 
     @property
+    def scored_groups(self) -> set[str]:
+        """The groups whose vectors are scored; none where time alone is."""
+        if self.attend == ():
+            return set()
+        return {self.roles.attention_target, self.roles.attention_behavior}
+
+    @property
     def newest(self) -> int:
         """How many of the newest behaviors it looks at; 0 = the whole window."""
         return self.search_kind.newest(self)

@@ -284,16 +284,22 @@ def _cut(
 
 
 def twin_projections(width: int, out: int) -> tuple[nn.Linear, nn.Linear]:
-    """Bias-free maps of query and key, [width] -> [out]: one orthogonal map at first, two once trained.
-
-    From two independent draws the first scores would be noise; from one they are the vectors' own inner
-    product, as far as `out` has room for it.
-    """
+    """Bias-free maps of query and key, [width] -> [out]: one orthogonal map at first, two once trained."""
     query, key = nn.Linear(width, out, bias=False), nn.Linear(width, out, bias=False)
-    nn.init.orthogonal_(query.weight)
-    with torch.no_grad():
-        key.weight.copy_(query.weight)
+    begin_alike(query, key)
     return query, key
+
+
+def begin_alike(one: nn.Module, other: nn.Module) -> None:
+    """Have the linear maps of two modules of equal build begin as the same orthogonal maps.
+
+    From two independent draws the first inner products would be noise; from one they are those of the vectors
+    before the maps, as far as there is room for them.
+    """
+    with torch.no_grad():
+        for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+            nn.init.orthogonal_(mine)
+            theirs.copy_(mine)
 
 
 class FeatureProjection(nn.Module):
@@ -323,6 +329,7 @@ def build_scorer(settings: BranchKeys, sizes: BranchSizes) -> Scorer:
     key: nn.Module | None = None
     if settings.projection == "feature":
         query, key = FeatureProjection(sizes.attended), FeatureProjection(sizes.attended)
+        begin_alike(query, key)
     elif settings.projection == "heads":
         query, key = twin_projections(sizes.width, settings.heads * settings.head_dim)
     return DotScorer(query, key, settings.heads, bias, encoding)
