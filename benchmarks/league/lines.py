@@ -38,19 +38,29 @@ class LineSettings(Settings):
 
 def own_count(settings: LineSettings, run: Path) -> tuple[Scored, bool]:
     """How often the user's visible history holds the candidate's finest category, or its item without any."""
+    return _of_baselines(settings, run, ("category_count", "item_count"), probable=False), False
+
+
+def label_rate(settings: LineSettings, run: Path) -> tuple[Scored, bool]:
+    """What labels of the training split say of a user and an item (`user_item_rate` of `evaluate`)."""
+    return _of_baselines(settings, run, ("user_item_rate", "mean_label"), probable=True), True
+
+
+def _of_baselines(settings: LineSettings, run: Path, names: Sequence[str], probable: bool) -> Scored:
+    """The first of these baselines that there is; a constant where there is none."""
 
     def scored(split: str) -> Scored:
         found = baselines(SequenceLogReader(DataConfig(log=settings.log), split, None))
-        counts = []
+        scores = []
         for of_task in found.scores.values():
-            name = "category_count" if "category_count" in of_task else "item_count"
-            count = of_task.get(name, np.zeros(found.candidates.size))
-            # In the same order, and between 0 and 1 as scores of files must be.
-            counts.append(count / (1 + count))
-        return replace(found.candidates, score=np.stack(counts, axis=1))
+            known = (of_task[name] for name in names if name in of_task)
+            score = next(known, np.full(found.candidates.size, 0.5))
+            # Counts in the same order, but between 0 and 1 as scores of files must be.
+            scores.append(score if probable else score / (1 + score))
+        return replace(found.candidates, score=np.stack(scores, axis=1))
 
     began = time.process_time(), time.perf_counter()
-    return _measured(RunFolder(run), scored, 0, began, probable=False), False
+    return _measured(RunFolder(run), scored, 0, began, probable)
 
 
 def tree(settings: LineSettings, run: Path) -> tuple[Scored, bool]:
@@ -76,7 +86,11 @@ def tree(settings: LineSettings, run: Path) -> tuple[Scored, bool]:
     return _measured(RunFolder(run), scored, count, began, probable=True), True
 
 
-LINES: dict[str, Callable[[LineSettings, Path], tuple[Scored, bool]]] = {"own_count": own_count, "tree": tree}
+LINES: dict[str, Callable[[LineSettings, Path], tuple[Scored, bool]]] = {
+    "own_count": own_count,
+    "label_rate": label_rate,
+    "tree": tree,
+}
 """The lines by name: each leaves the summary of a run in a folder, and gives the scores of the test split and
 whether they are probabilities."""
 

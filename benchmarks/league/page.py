@@ -15,7 +15,12 @@ from embeddings.errors import DataError
 from trainer.quality.bootstrap import Interval
 
 COMPARED = ("auc", "gauc", "logloss")
-LINES = {"own_count": "own count", "history_free": "history-free", "tree": "tree"}
+LINES = {
+    "own_count": "own count",
+    "label_rate": "label rate",
+    "history_free": "history-free",
+    "tree": "tree",
+}
 """The lines to beat, by the names of their runs -> as headings."""
 INTRODUCTION = """
 Every preset beside every other, on whole passes over each log. A row is the mean and the standard deviation
@@ -23,13 +28,14 @@ over seeds; *passes* are those over the training split. The rates are those of t
 for the log by `tandemrec tune` on the validation split (`tuned`). *search*: the width of the vectors that
 stage one compares, and K. *weights*: dense ones + those of tables. *samples / CPU s*: of training.
 
-Three lines are there to be beaten. *own count*: how often the user's past holds the candidate's finest
-category (its item where there is none), without any training. *history-free*: a model of the candidate's
-features alone. *tree*: gradient-boosted trees on three counts for each level ([tree.md](tree.md)), settings
-chosen by validation. The columns *over ...* are differences of AUC with their 95 % intervals, paired by user
-over the same candidates: a bootstrap over users and seeds at once (`benchmarks/league/draws.py`). Nothing is
-called better unless the interval of the difference excludes 0. Where there is one seed, the interval is of
-users alone. One in twenty such intervals excludes 0 by chance.
+Four lines are there to be beaten. *own count*: how often the user's past holds the candidate's finest
+category (its item where there is none), without any training. *label rate*: the mean labels of the user and
+of the item in the training split. *history-free*: a model of the candidate's features alone. *tree*:
+gradient-boosted trees on three counts for each level ([tree.md](tree.md)), settings chosen by validation.
+The columns *over ...* are differences of AUC with their 95 % intervals, paired by user over the same
+candidates: a bootstrap over users and seeds at once (`benchmarks/league/draws.py`). Nothing is called better
+unless the interval of the difference excludes 0. Where there is one seed, the interval is of users alone. One
+in twenty such intervals excludes 0 by chance.
 
 Each run scores the test split once, after its last step; nothing is chosen by it.
 """
@@ -71,7 +77,8 @@ def show_section(report: Report, section: Section, pairs: Sequence[tuple[str, st
 
 
 def _table(report: Report, section: Section, task: str, ranked: Sequence[Model]) -> None:
-    lines = {model.name: model for model in ranked if model.name in LINES}
+    by_name = {model.name: model for model in ranked}
+    lines = {name: by_name[name] for name in LINES if name in by_name}
     head = ["model", "rates", "search", "weights", "seeds", "passes", "validation AUC", "test AUC", "GAUC"]
     head += ["logloss", "PCOC", "samples / CPU s", *(f"over {LINES[name]}" for name in lines)]
     of_preset, cells = dict(by_preset(section.records)), []

@@ -291,14 +291,14 @@ def test_the_small_league_from_nothing_to_its_page_and_once_more(
     page, folder = (tmp_path / "league.md").read_text(), tmp_path / "relevance"
     lines = (folder / "results.jsonl").read_text().splitlines()
     records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    asked = {("own_count", 0), ("tree", 0)}
+    asked = {("own_count", 0), ("label_rate", 0), ("tree", 0)}
     asked |= {(name, seed) for name in ("dare", "twin_paper_dare", "history_free") for seed in (17, 18)}
-    assert {(record["preset"], record["seed"]) for record in records} == asked and len(records) == 8
+    assert {(record["preset"], record["seed"]) for record in records} == asked and len(records) == 9
     assert {record["extra"]["opened"] for record in records} == {1}
-    assert "The test split was scored by 8 runs, by each once." in page
+    assert "The test split was scored by 9 runs, by each once." in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("|")]
     models = [row[0].strip("| `") for row in rows if len(row) > 10][1:]
-    assert set(models) >= {"dare", "twin_paper_dare", "own count", "history-free", "tree"}
+    assert set(models) >= {"dare", "twin_paper_dare", "own count", "label rate", "history-free", "tree"}
     aucs = {record["preset"]: record["test"]["auc"] for record in records if record["seed"] in (0, 17)}
     assert aucs["tree"] > 0.8 > aucs["history_free"] and "| `dare` - `twin_paper_dare` |" in page
     # A run that a kill met just before its end: what is there is not made again, the test split stays closed.
@@ -310,7 +310,7 @@ def test_the_small_league_from_nothing_to_its_page_and_once_more(
     main(words)
     said = capsys.readouterr().out
     assert "nothing left to train" in said and "by behaviors seen" not in said
-    (again,) = (json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()[7:])
+    (again,) = (json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()[8:])
     (before,) = (record for record in records if record["name"] == name)
     assert again["test"] == before["test"] and again["extra"] == before["extra"]
     tables = [line for line in page.splitlines() if line.startswith("|")]
