@@ -70,8 +70,7 @@ class Trainer:
         self.config, self.model, self.ranks, self.folder, self.say = config, model, ranks, folder, say
         self.log_fingerprint, self.plan = log_fingerprint, plan
         self.optimizer = run_optimizer(model, config)
-        guard = Guard(ranks, folder.path)
-        self.step = TrainStep(config, model, self.optimizer, ranks.world_size, guard)
+        self.step = TrainStep(config, model, self.optimizer, ranks.world_size, Guard(ranks, folder.path))
         touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
         given = config, model, self.optimizer, self.step
         self.course = Course(*given, train, validation, ranks, folder.path, say, supply, touched)
@@ -81,7 +80,7 @@ class Trainer:
         self.at = Position()
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
-        # Called with that and what was measured, after each validation; -> whether to stop there, on all ranks.
+        # The same after each validation, with what was measured; -> whether to stop there, on all ranks.
         self.after_validation: Callable[[int, SplitMetrics], bool] | None = None
         self.meter = Meter(ranks.device)
         self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
