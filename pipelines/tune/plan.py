@@ -12,12 +12,12 @@ import numpy as np
 
 from embeddings.errors import ConfigError
 from pipelines.tune.literals import literal
-from pipelines.tune.settings import SpaceConfig, StudyConfig
+from pipelines.tune.settings import StudyConfig, read_space
 from pipelines.tune.space import Parameter, resolve
 from trainer.checkpoint.compatible import log_fingerprint
 from trainer.config.sections import EarlyStoppingConfig
 from trainer.config.tasks import resolve_tasks
-from trainer.config.toml import flat_settings, load_settings
+from trainer.config.toml import flat_settings
 from trainer.log.schema import read_manifest
 from trainer.loop.early_stopping import LOWER_IS_BETTER, check_watched
 from trainer.run_config import Config, load_config
@@ -124,7 +124,7 @@ def read_plan(config: Path, space: Path, overrides: Sequence[str], trials: int =
     Raises:
         TandemError: a key or a value is wrong, or the log cannot tell what is to be compared.
     """
-    given = load_settings(SpaceConfig, space)
+    given = read_space(space)
     settings = given.study.model_copy(update={"trials": trials}) if trials else given.study
     budget = tuple(f"{key}={literal(value)}" for key, value in flat_settings(given.trial))
     base = _load(config, (*budget, *overrides), given_by=budget, space=space)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from optuna.distributions import FloatDistribution, IntDistribution
+from matplotlib.ticker import MaxNLocator
 
 from pipelines.analyze.report.draw import STYLE
 from pipelines.analyze.report.palette import GREY, INK, SERIES
@@ -58,25 +58,24 @@ def _height(row: TrialRow) -> float | None:
 def _course(axes: Axes, found: Findings, rows: Sequence[TrialRow]) -> None:
     """Values by trial, the best so far, and the configuration as it is."""
     _points(axes, rows, [row.trial for row in rows])
-    complete = [row for row in rows if row.value is not None]
-    better = min if found.plan.lower_is_better else max
-    best = list(accumulate((row.value for row in complete), better))
+    complete = {row.trial: row.value for row in rows if row.value is not None}
+    better: Callable[[float, float], float] = min if found.plan.lower_is_better else max
     if complete:
-        axes.step([row.trial for row in complete], best, where="post", color=_BEST, label="best so far")
+        best = list(accumulate(complete.values(), better))
+        axes.step(list(complete), best, where="post", color=_BEST, label="best so far")
     if found.default is not None:
         label = "the configuration as it is"
         axes.axhline(found.default.value or 0.0, color=_DEFAULT, linestyle="dashed", zorder=1, label=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title="course of the study", xlabel="trial", ylabel=found.plan.settings.metric)
 
 
 def _slice(axes: Axes, parameter: Parameter, found: Findings, rows: Sequence[TrialRow]) -> None:
     """Values by what a parameter was."""
     own = [row for row in rows if parameter.name in row.parameters]
-    ranged = isinstance(parameter.distribution, FloatDistribution | IntDistribution)
-    if ranged:
+    if parameter.ranged:
         places: list[Any] = [row.parameters[parameter.name] for row in own]
-        axes.set_xscale("log" if parameter.distribution.log else "linear")
+        axes.set_xscale("log" if parameter.log else "linear")
         axes.set_xlim(*_widened(parameter))
     else:
         places = [parameter.choices.index(row.parameters[parameter.name]) for row in own]
@@ -85,14 +84,16 @@ def _slice(axes: Axes, parameter: Parameter, found: Findings, rows: Sequence[Tri
     _points(axes, own, places)
     for row, place in zip(own, places, strict=True):
         if row is found.best:
-            axes.scatter([place], [_height(row)], s=110, facecolors="none", edgecolors=_BEST, linewidths=1.6)
+            axes.scatter(
+                [place], [row.value or 0.0], s=110, facecolors="none", edgecolors=_BEST, linewidths=1.6
+            )
     axes.set(title=parameter.name, xlabel="value", ylabel=found.plan.settings.metric)
 
 
 def _widened(parameter: Parameter) -> tuple[float, float]:
     """A range with a twentieth of room on either side, on its own scale."""
     low, high = parameter.corners
-    if parameter.distribution.log:
+    if parameter.log:
         room = (high / low) ** 0.05
         return low / room, high * room
     room = 0.05 * (high - low)
@@ -101,9 +102,10 @@ def _widened(parameter: Parameter) -> tuple[float, float]:
 
 def _points(axes: Axes, rows: Sequence[TrialRow], places: Sequence[Any]) -> None:
     for state, (marker, colour, label) in _LOOKS.items():
-        own = [(place, _height(row)) for row, place in zip(rows, places, strict=True) if row.state == state]
+        own = [(row, place) for row, place in zip(rows, places, strict=True) if row.state == state]
         if own:
-            axes.scatter(*zip(*own, strict=True), marker=marker, color=colour, s=26, label=label, zorder=3)
+            across, up = [place for _, place in own], [_height(row) or 0.0 for row, _ in own]
+            axes.scatter(across, up, marker=marker, color=colour, s=26, label=label, zorder=3)
 
 
 def _importance(axes: Axes, found: Findings) -> None:

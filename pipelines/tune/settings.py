@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from trainer.config.toml import Settings
+from trainer.config.toml import Settings, load_settings
 
 Number = int | float
 # A table with one of these is a parameter; any other is a section on the way to some.
@@ -98,6 +99,13 @@ class SpaceConfig(Settings):
     @classmethod
     def _flat(cls, given: object) -> object:
         return dict(_parameters(given, "")) if isinstance(given, Mapping) else given
+
+
+def read_space(space: Path) -> SpaceConfig:
+    """Raises:
+    ConfigError: it is missing or no TOML, or a key or value is wrong.
+    """
+    return load_settings(SpaceConfig, space)
 
 
 def _parameters(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -73,6 +73,15 @@ class Parameter:
         return f"{distribution.low:g} to {distribution.high:g}"
 
     @property
+    def ranged(self) -> bool:
+        """Whether it is a range, and not a list of choices."""
+        return not self.choices
+
+    @property
+    def log(self) -> bool:
+        return isinstance(self.distribution, FloatDistribution | IntDistribution) and self.distribution.log
+
+    @property
     def corners(self) -> list[Any]:
         """The values at the ends of its range, or all choices, as they are drawn."""
         if self.choices:

@@ -185,7 +185,7 @@ class SharedStudy:
         if not file.exists():
             # Other studies may be in a storage.
             write_text(file, f"{self.folder.absolute().name}-{os.urandom(4).hex()}")
-        direction = "minimize" if self.plan.lower_is_better else "maximize"
+        direction: Literal["minimize", "maximize"] = "minimize" if self.plan.lower_is_better else "maximize"
         try:
             return optuna.create_study(
                 storage=_storage(self.folder, self.url),
