@@ -37,6 +37,7 @@ from launch.reporting import OTHER_ERROR, USER_ERROR, report, reporting_thread_e
 from launch.serving_verbs import ServeCommand, serve
 from launch.snapshot_verbs import export, portable, score, vectors
 from launch.stream_verbs import online, windows
+from launch.tuning_verb import tune
 
 app = typer.Typer(
     name="tandemrec",
@@ -203,6 +204,9 @@ def train(
         from pipelines.train import train as run
 
     run(config, out, chosen, profile)
+
+
+app.command()(tune)
 
 
 @app.command()
