@@ -65,7 +65,8 @@ class QuasiLinearLayer(nn.Module):
 
     def _of_heads(self, part: Tensor) -> Tensor:
         """[W, n, H d] -> [W, H, n, d]."""
-        return part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        of_heads: Tensor = part.unflatten(2, (self.heads, -1))
+        return of_heads.transpose(1, 2)
 
 
 class SummaryAttention(nn.Module):
