@@ -47,4 +47,5 @@ def renamed(preset: str, log: Path) -> list[str]:
 def fill_given(model: nn.Module, groups: Mapping[str, TableGroup], config: Config) -> None:
     """Put pre-trained rows into the tables of an unsharded model."""
     names = {name: group.vectors for name, group in config.groups.items()}
-    set_rows_of_vectors(model.state_dict(), groups, names, config.data, read_manifest(config.data.log))
+    weights = {f"{name}.weight": parameter.data for name, parameter in model.named_parameters()}
+    set_rows_of_vectors(weights, groups, names, config.data, read_manifest(config.data.log))
