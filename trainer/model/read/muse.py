@@ -42,6 +42,7 @@ class Muse(TargetPooling):
     keys = MuseKeys
     needs_vectors = True
     needs_content = True
+    scores_values = True
 
     @classmethod
     def build(cls, settings: Any, sizes: BranchSizes) -> Muse:
@@ -51,7 +52,7 @@ class Muse(TargetPooling):
     def __init__(self, width: int, tiers: int, time: TimeEncoding, *, target_aware: bool = True) -> None:
         super().__init__(width, target_aware)
         self.tiers, self.time = tiers, time
-        self.query, self.key = twin_projections(width, width)
+        self.query, self.key = twin_projections(width, 1, width)
         self.value = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.value.weight)
         # The cosine weighs as much as with a temperature of a tenth.
