@@ -11,10 +11,11 @@ import pytest
 import pipelines.train
 from embeddings.errors import ConfigError
 from pipelines.tune.tune import TuneOptions, tune
-from tests.helpers.logs import small_log
+from tests.helpers.logs import Shape, random_rows, small_log, write_log
 from tests.helpers.studies import BUDGET, CONFIG, RATES, STUDY, given, rows_of, space_in
 from trainer.run_config import load_config
 from trainer.run_folder import RunFolder
+from trainer.storage import place
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_a_config_error_ends_the_study_at_once(log: Path, tmp_path: Path) -> Non
     wrong = '[parameters]\ngroups.attention.features = { choices = [["nothing"], ["nowhere"]] }\n'
     space = space_in(tmp_path, STUDY, BUDGET, wrong)
     for _ in range(2):
-        with pytest.raises(ConfigError, match="nothing|nowhere"):
+        with pytest.raises(ConfigError, match=r"nothing|nowhere"):
             tune(CONFIG, TuneOptions(tmp_path / "study", space), given(log))
     # Taken up by the second start, and left open by it.
     journal = (tmp_path / "study" / "journal.jsonl").read_text()
@@ -108,11 +109,9 @@ def test_a_config_error_ends_the_study_at_once(log: Path, tmp_path: Path) -> Non
 
 
 def test_a_study_needs_a_validation_split_and_a_folder(log: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    shutil.copytree(log, bare)
-    manifest = json.loads((bare / "manifest.json").read_text())
-    del manifest["splits"]["validation"]
-    (bare / "manifest.json").write_text(json.dumps(manifest))
+    bare = write_log(tmp_path / "bare", {"train": random_rows(1, Shape())})
     space = space_in(tmp_path)
     with pytest.raises(ConfigError, match="has no validation split"):
         tune(CONFIG, TuneOptions(tmp_path / "study", space), given(bare))
+    with pytest.raises(ConfigError, match="a study is a folder that its workers lock"):
+        tune(CONFIG, TuneOptions(place("s3://bucket/study"), space), given(log))
