@@ -19,7 +19,7 @@ PAGE = "docs/architecture.md"
 ROOMS: dict[str, tuple[str, ...]] = {
     ".": ("launch", "pipelines", "trainer", "embeddings"),
     "pipelines": (
-        *("analyze", "online", "train", "profile"),
+        *("tune", "analyze", "online", "train", "profile"),
         *("evaluate", "quality_report"),
         *("export_portable", "export", "export_version"),
         *("export_uncertainty", "export_parity", "export_source"),

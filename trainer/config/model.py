@@ -61,6 +61,9 @@ class BranchKeys(Settings):
     (DIN)."""
     score_hidden: Width = 36
     """The width of the hidden layer of `score = "mlp"`."""
+    temperature: float = Field(1.0, gt=0)
+    """What the products of `score = "dot"` are divided by, besides the root of a head's width. What time and
+    cross features add is not divided."""
     weights: Literal["softmax", "sigmoid"] = "softmax"
     """How scores become weights of the kept behaviors: by `softmax`, or by `sigmoid` without
     normalisation."""
@@ -101,7 +104,9 @@ class BranchKeys(Settings):
     head_dim: Width = 16
     """The width of an attention head, or of the vectors that `soft` searches by."""
     layers: int = Field(2, ge=1, le=128)
-    """The orders of `stacked`, or the blocks of `sasrec`."""
+    """The orders of `stacked`, the blocks of `sasrec`, or the layers of `stca` and `longer`."""
+    expansion: int = Field(2, ge=1, le=64)
+    """The hidden width of the feed-forward networks of `stca` and `longer`, in multiples of their width."""
     hash_bits: int = Field(3, ge=1, le=4096)
     """The bits of one signature of `collision`, or all bits that `simhash` compares."""
     attention_owner: str = ""

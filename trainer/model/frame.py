@@ -85,7 +85,7 @@ class Branches(nn.ModuleDict):
     Attributes:
         few: of so many behaviors of a batch all are looked up again, whether kept or not: a server sets it,
             for which to find the kept ones costs more than to ask for the others.
-        ages: whether any branch reads ages of behaviors.
+        ages, seconds: whether any branch reads ages of behaviors, by buckets and to the second.
     """
 
     def __init__(
@@ -100,7 +100,8 @@ class Branches(nn.ModuleDict):
         self.history_length, self.selects, self.alone, self.pads = history_length, selects, alone, pads
         self.few = 0
         self._named = dict(branches)
-        self.ages = any(branch.settings.age for branch in branches.values())
+        self.seconds = any(branch.settings.sequence_kind.needs_seconds for branch in branches.values())
+        self.ages = self.seconds or any(branch.settings.age for branch in branches.values())
 
     def named(self) -> Mapping[str, Branch]:
         """Name -> branch."""
@@ -115,7 +116,7 @@ class Branches(nn.ModuleDict):
         for name, branch in self.named().items():
             looks_at = branch.settings.newest, branch.settings.clusters
             if looks_at not in windows:
-                windows[looks_at] = windows_of(batch, self.history_length, *looks_at, self.ages)
+                windows[looks_at] = windows_of(batch, self.history_length, *looks_at, self.ages, self.seconds)
             of_branch = None if known is None else known.of_branch[name]
             retrievals[name] = branch.retrieve(batch, vectors, windows[looks_at], of_branch)
         device, one_id = batch.behavior_time.device, batch.host_sizes.one_id
@@ -355,7 +356,7 @@ class TwoStageModel(nn.Module):
 
     def look_up(self, name: str, bags: KeyedJaggedTensor) -> KeyedTensor:
         """What the collection of a group gives; of a frozen group without a graph, as its rows stay."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.lookups.frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.lookups.stays(name)):
             return self.collections[name](bags)
 
 

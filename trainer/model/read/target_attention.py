@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from trainer.model.ops.bags import weighted_bags
 from trainer.model.read.sequence import Behaviors, TargetPooling, split_parts
-from trainer.model.retrieve.score import FeatureProjection
+from trainer.model.retrieve.score import FeatureProjection, begin_alike
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeEncoding
 from trainer.model.windows import pooled_windows
@@ -55,6 +55,8 @@ class TargetAttention(TargetPooling):
         super().__init__(width + time.columns, target_aware)
         self.heads, self.time, self.cross = heads, time, cross
         self.target, self.value = (FeatureProjection(widths) if widths else None for _ in range(2))
+        if self.target is not None and self.value is not None:
+            begin_alike(self.target, self.value)
         if heads > 1:
             width = self.width
             self.per_head = nn.Linear(width + cross, width * heads, bias=False)

@@ -132,8 +132,7 @@ class PairScores:
         if scorer.encoding is not None:
             query_RD = scorer.encoding.target(query_RD, group_R)
         mapped_RD = _mapped(scorer.query, query_RD)
-        scale: float = max(mapped_RD.shape[1] // scorer.heads, 1) ** -0.5
-        return mapped_RD * scale
+        return mapped_RD * scorer.scale(mapped_RD.shape[1])
 
     def _rounded_heads(self, rows_RD: Tensor) -> Tensor:
         """Rows rounded to whole numbers times a power of two, [R, heads, D]: their products are exact."""
@@ -227,7 +226,7 @@ class PairScores:
         if scorer.query is not None and scorer.key is not None:
             given = raw.query_CD, self._of_windows(raw.key_ND)
             given_C, given_N = (torch.linalg.vector_norm(part, dim=1) for part in given)
-            scale = max(self.vectors.query_CD.shape[1] // heads, 1) ** -0.5
+            scale = scorer.scale(self.vectors.query_CD.shape[1])
             error_CH = error_CH + query_CH * _size(scorer.key) * given_N.amax()
             error_CH = error_CH + (scale * _size(scorer.query) * given_C)[:, None] * key_H
         if scorer.encoding is not None:
