@@ -175,8 +175,8 @@ class Config(Settings):
                 )
         if settings.time == "concat" and self.groups[whole].sets != 1:
             raise ValueError(
-                f'groups.{whole}.sets: {section_of(branch)}.time = "concat" puts time beside the vectors of one '
-                "set; leave sets out, or set time to another form"
+                f'groups.{whole}.sets: {section_of(branch)}.time = "concat" puts time beside the vectors of '
+                "one set; leave sets out, or set time to another form"
             )
         for role, name in settings.roles.model_dump().items():
             group = self.groups.get(name)

@@ -68,8 +68,8 @@ def test_named_sets_have_owners_and_widths_of_their_own() -> None:
         ),
         (
             ["groups.representation.sets=2", "model.time=concat"],
-            'groups.representation.sets: model.time = "concat" puts time beside the vectors of one set; leave '
-            "sets out, or set time to another form",
+            'groups.representation.sets: model.time = "concat" puts time beside the vectors of one set; '
+            "leave sets out, or set time to another form",
         ),
         (
             ["groups.other.sets=2", "model.roles.representation_behavior=other"],
