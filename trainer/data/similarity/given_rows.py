@@ -64,7 +64,7 @@ def set_rows_of_vectors(
     """Fill the tables of groups whose rows are pre-trained, and -> a line for each that says what was found.
 
     Args:
-        weights: the state dict of a sharded or plain model, whose other weights stay.
+        weights: the state dict of a sharded model, whose other weights stay.
         names: group -> the name of its vectors in [data.vectors], empty where it is trained.
 
     Raises:
