@@ -28,13 +28,13 @@ def never_empty(mask_WX: Tensor) -> Tensor:
 
 
 def start_sharp(key: nn.Linear, gain: float) -> None:
-    """First weights of the maps of keys (and of queries, which start as a copy): N(0, gain^2 / D).
+    """First weights of the maps of keys (and of queries, which start as a copy): orthogonal, times gain.
 
     Of vectors behind a layer norm, equal ones then have a score of about gain^2 sqrt(d) in a head of width
     d, and others one about 0. torch's own start, uniform with a variance of 1 / (3 D), makes a third of
     sqrt(d): among 500 behaviors the attention begins as a plain mean.
     """
-    nn.init.normal_(key.weight, std=gain * key.in_features**-0.5)
+    nn.init.orthogonal_(key.weight, gain)
 
 
 def heads_problem(heads: int, width: int) -> str:
