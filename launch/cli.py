@@ -253,7 +253,10 @@ def cluster(
     out: Annotated[Path, At(metavar="LOG", help="The log to write, with clusters.")],
     chunk: Annotated[int, Option(min=1, help="Behaviors clustered together.")] = 500,
     cap: Annotated[int, Option(min=1, help="Most behaviors of a cluster.")] = 20,
-    group_by: Annotated[str, Option(metavar="FEATURE", help="No cluster mixes values of this feature.")] = "",
+    group_by: Annotated[
+        str,
+        Option(metavar="FEATURE", help="No cluster mixes values of it. coarsest: fewest values; or none."),
+    ] = "coarsest",
     seed: Annotated[int, Option(min=0, help="Of k-means.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:

@@ -20,6 +20,7 @@ from trainer.quality.baseline_files import baselines_of
 from trainer.quality.baselines import by_baseline, counted_feature
 from trainer.quality.domains import SplitMetrics
 from trainer.quality.evaluate import scored_split, shared_metrics
+from trainer.quality.history_free import history_free_entry, history_free_line
 from trainer.quality.metrics import entry_of
 from trainer.quality.overlap import LEAST_OVERLAP, Overlap, too_small
 from trainer.quality.scored import Scores
@@ -136,6 +137,8 @@ def _report(
             for part in next(iter(slices.values()))
         },
     }
+    if without_history := history_free_entry(split, restored.manifest.report):
+        entries[f"{split}_history_free"] = without_history
     if overlap:
         entries[f"{name}_overlap"] = dict(overlap)
     if pairs:
@@ -152,6 +155,7 @@ def _report(
     what += f", at a history length of {length:,}" if at else ""
     lines = [f"{split}, after step {restored.step:,}{what}: {size}", *without(missing)]
     lines += report(measured, table, slices, pairs, feature, data.domain)
+    lines += history_free_line(split, restored.manifest.report)
     of_quality = remarks(split, measured, table, feature)
     lines += [*([""] if of_quality else []), *of_quality, *of_names]
     print("\n".join(lines), flush=True)

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.harness.options import Options, own_command
 from benchmarks.harness.report import Report
 from benchmarks.league.adopt import adopt
-from benchmarks.league.declared import Entry, League, Tree, entries_of, names_of, read_league, tuned_or_own
+from benchmarks.league.declared import Entry, League, Tree, entries_of, entry_of, names_of, read_league
 from benchmarks.league.draws import Model, read_drawn
 from benchmarks.league.fitting import misfit
 from benchmarks.league.lines import LINES
@@ -42,13 +42,16 @@ class Played:
     """What came of a log so far.
 
     Attributes:
-        jobs: asked for; records: of those that are done; left_out: preset -> why it was not run.
+        jobs: asked for; records: of those that are done.
+        tuned: presets whose rates were tuned for the log; adapted: preset -> its overrides on this log.
+        left_out: preset -> why it was not run.
         failed: what went wrong, in a line each.
     """
 
     jobs: list[Job] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     tuned: set[str] = field(default_factory=set)
+    adapted: dict[str, tuple[str, ...]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
@@ -138,7 +141,7 @@ def play(league: League, name: str, place: Path, given: Any) -> Played:
         played.failed.append(f"{name}: {error}")
         return played
     files = names_of(league)
-    of_copy = [tuned_or_own(files[preset], name) for preset in chosen]
+    of_copy = [entry_of(league, name, files[preset]) for preset in chosen]
     of_copy = _fitting(of_copy, copy, overrides, played)
     _run(jobs_of(of_copy, copy, overrides, league.seeds), name, given, played)
     return played
@@ -148,11 +151,12 @@ def _fitting(entries: Sequence[Entry], log: Path, overrides: Sequence[str], play
     """The presets that a log fits; of the others it is kept why."""
     found = []
     for entry in entries:
-        if why := misfit(entry.config, log, overrides):
+        if why := misfit(entry.config, log, [*overrides, *entry.overrides]):
             played.left_out[entry.name] = why
         else:
             found.append(entry)
             played.tuned |= {entry.name} if entry.tuned else set()
+            played.adapted |= {entry.name: entry.overrides} if entry.overrides else {}
     return found
 
 
@@ -194,7 +198,8 @@ def _section(league: League, name: str, place: Path, played: Played, given: Any)
     order = {task: models[task] for task in manifest.tasks if task in models}
     candidates = manifest.splits["train"].candidates if manifest.holds("train") else 0
     title = league.logs[name].title
-    return Section(title, played.records, order, frozenset(played.tuned), candidates, played.left_out)
+    chosen = frozenset(played.tuned)
+    return Section(title, played.records, order, chosen, candidates, played.adapted, played.left_out)
 
 
 def _asked_for(league: League, given: Any) -> League:

@@ -44,7 +44,8 @@ class Log(Settings):
         title: of its section. groups: of presets that run on it.
         source: a table of `benchmarks.league.logs.SOURCES` that is fetched first; empty: none.
         make: verbs that make it; smoke: words that the last one has with `--smoke`.
-        overrides: of every run on it.
+        overrides: of every run on it. adapted: preset -> overrides with which it runs here, such as the
+            levels of this log's taxonomy.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Log(Settings):
     make: tuple[str, ...]
     smoke: str = ""
     overrides: tuple[str, ...] = ()
+    adapted: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     clustered: Clustered | None = None
 
 
@@ -90,11 +92,13 @@ class Entry:
     Attributes:
         name: of the preset. config: the file that is run: the preset's own, or the one that `tandemrec tune`
             has written for this log; tuned: whether it is the latter.
+        overrides: with which it runs on the log, see `Log.adapted`.
     """
 
     name: str
     config: Path
     tuned: bool = False
+    overrides: tuple[str, ...] = ()
 
 
 def read_league(path: Path = LIST) -> League:
@@ -120,7 +124,7 @@ def entries_of(league: League, log: str, only: Sequence[str] = (), rates: Path =
     files = [config_of(name) for group in league.logs[log].groups for name in league.groups[group]]
     chosen = {path.stem: path for path in files if not only or path.stem in only}
     chosen[HISTORY_FREE.stem] = HISTORY_FREE
-    return [tuned_or_own(path, log, rates) for path in chosen.values()]
+    return [entry_of(league, log, path, rates) for path in chosen.values()]
 
 
 def config_of(name: str) -> Path:
@@ -128,10 +132,10 @@ def config_of(name: str) -> Path:
     return ROOT / (name if name.endswith(".toml") else f"configs/{name}.toml")
 
 
-def tuned_or_own(config: Path, log: str, rates: Path = RATES) -> Entry:
-    """The config that was tuned for a log, where there is one, else the preset's own."""
-    tuned = rates / log / config.name
-    return Entry(config.stem, tuned, True) if tuned.exists() else Entry(config.stem, config)
+def entry_of(league: League, log: str, config: Path, rates: Path = RATES) -> Entry:
+    """A preset on a log, by the config that was tuned for this log where there is one."""
+    tuned, adapted = rates / log / config.name, league.logs[log].adapted.get(config.stem, ())
+    return Entry(config.stem, tuned if tuned.exists() else config, tuned.exists(), adapted)
 
 
 def names_of(league: League) -> Mapping[str, Path]:

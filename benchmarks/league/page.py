@@ -47,7 +47,8 @@ class Section:
 
     Attributes:
         records: of all runs; models: task -> models; tuned: presets whose rates were tuned for the log.
-        candidates: of the training split. left_out: preset -> why it was not run.
+        candidates: of the training split. adapted: preset -> overrides with which it ran here.
+        left_out: preset -> why it was not run.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Section:
     models: Mapping[str, Sequence[Model]]
     tuned: frozenset[str]
     candidates: int
+    adapted: Mapping[str, Sequence[str]]
     left_out: Mapping[str, str]
 
 
@@ -72,6 +74,8 @@ def show_section(report: Report, section: Section, pairs: Sequence[tuple[str, st
     once = f"The test split was scored by {count} runs, by each once."
     again = f"The test split was scored by {count} runs, more than once by those that were killed meanwhile: "
     report.line(again + ", ".join(often) if often else once)
+    for preset, overrides in section.adapted.items():
+        report.line(f"`{preset}` runs here with {', '.join(f'`{each}`' for each in overrides)}.")
     for preset, why in section.left_out.items():
         report.line(f"`{preset}` is left out: {why}")
 

@@ -32,7 +32,11 @@ class LineJob(Job):
 
 def jobs_of(entries: Sequence[Entry], log: Path, overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     """A job for each preset and seed, seed by seed, so that a part of them says something about all."""
-    return [make_job(entry.config, log, overrides, seed) for seed in seeds for entry in entries]
+    return [
+        make_job(entry.config, log, [*overrides, *entry.overrides], seed)
+        for seed in seeds
+        for entry in entries
+    ]
 
 
 def line_jobs(log: Path, settings: Tree) -> list[Job]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tomli_w
-
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def literal(value: Any) -> str:
@@ -27,4 +23,4 @@ def dotted(parts: Sequence[str]) -> str:
 
 
 def _key(part: str) -> str:
-    return part if _BARE.fullmatch(part) else json.dumps(part)
+    return tomli_w.dumps({part: 0}).rpartition(" = ")[0]

@@ -98,6 +98,8 @@ def test_what_a_study_has_chosen_is_adopted(tmp_path: Path) -> None:
 def test_a_preset_that_a_log_does_not_fit_is_left_out_with_a_reason(log: Path) -> None:
     assert "department_id" in misfit(config_of("best"), log, [])
     assert not misfit(config_of("dare"), log, [])
+    (best, _) = entries_of(read_league(), "relevance", ["best"])
+    assert best.overrides and not misfit(best.config, log, best.overrides)
 
 
 def test_a_place_that_nobody_gave_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_without_ranks_scores_as_one_of_the_longer_history(log: Path, tmp_path: Path) -> None:
-    """The scores are those of the same weights in a run of that length, kept under names of their own."""
+    """The scores are those of the same weights in a run of that length, kept under their own names."""
     run, twin = tmp_path / "run", tmp_path / "twin"
     save_run(run, log, "stca")
     save_run(twin, log, "stca", f"data.history_length={READ}")
@@ -55,9 +56,8 @@ def test_a_weight_for_each_place_of_the_history_refuses(
 ) -> None:
     config, manifest = preset(name, log, override), read_manifest(log)
     assert at_length(config, manifest, 0) is config and at_length(config, manifest, TRAINED) is config
-    with pytest.raises(
-        ConfigError, match=rf"--history-length {READ}: .* has a row for each of the 12 places"
-    ):
+    words = rf"--history-length {READ}: {re.escape(weight)} has a row for each of the 12 places"
+    with pytest.raises(ConfigError, match=words):
         at_length(config, manifest, READ)
 
 
