@@ -82,6 +82,7 @@ class TableGroup:
         stochastic_rounding: whether an updated row becomes fp16 at random, in proportion, instead of to
             nearest; None = on a GPU, as FBGEMM's kernels do by default. A CPU rounds to nearest.
         sets: in the order of their tables. Those may have lanes, see `EmbeddingSet.losses`.
+        given: its rows come from elsewhere, and nothing trains them.
     """
 
     name: str
@@ -95,6 +96,7 @@ class TableGroup:
     stochastic_rounding: bool | None = None
     sets: tuple[EmbeddingSet, ...] = (EmbeddingSet(),)
     like: str = ""
+    given: bool = False
 
     def __post_init__(self) -> None:
         # A vector of a bag is cut into those of the sets by this order, and manifests come from anywhere.

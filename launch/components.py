@@ -204,6 +204,18 @@ def check_words(words: Sequence[str]) -> Path | None:
     return config if isinstance(config, Path) else None
 
 
+def check_space(space: Path) -> None:
+    """Raises JobError where the space lies on this machine and is wrong."""
+    from embeddings.errors import ConfigError
+    from pipelines.tune.settings import read_space
+
+    try:
+        if space.is_file():
+            read_space(space)
+    except ConfigError as error:
+        raise JobError(str(error)) from None
+
+
 _NODE = ("name", "image", "cpu", "gpu", "memMB", "h", "env", "mounts", "check")
 _RANKS = (*_NODE, "j", "threads", "max_restarts", "rdzv_port")
 
@@ -306,6 +318,32 @@ def online(*args: str, config: str, stream: str, out: str, snapshots: str = "", 
     """
     words = ["online", "--config", config, "--stream", stream, "--out", out]
     return job.app([*words, *(["--snapshots", snapshots] if snapshots else []), *args], ranks=True)
+
+
+@_component(*_RANKS, "max_retries", name="tandemrec-tune")
+def tune(*args: str, config: str, space: str, out: str, workers: int = 1, job: Job) -> specs.AppDef:
+    """
+    Searches for better settings with `tandemrec tune`, in several workers that share one study.
+
+    Each worker is a node of its own. With `-j 1x2` it trains its trials on two ranks.
+
+    Args:
+        args: further options and overrides, after a `--`, for example `-- --trials 40 data.log=log`
+        config: the TOML configuration
+        space: the TOML file with the parameters and the budget
+        out: the study's folder; it must be on storage that all workers share
+        workers: nodes that take trials of the study
+    """
+    shape = parse_shape(job.j)
+    if shape.nodes > 1:
+        raise JobError(f"-j {job.j}: a worker is one node; give the number of nodes as --workers")
+    if workers < 1:
+        raise JobError(f"--workers {workers}: needs at least one")
+    if job.check:
+        check_space(Path(space))
+    app = job.app(["tune", "--config", config, "--space", space, "--out", out, *args], shape.ranks > 1)
+    app.roles[0].num_replicas = app.roles[0].min_replicas = workers
+    return app
 
 
 @_component(*_RANKS, name="tandemrec-evaluate")

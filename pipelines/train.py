@@ -25,6 +25,7 @@ from trainer.loop.phases import phases_of
 from trainer.loop.position import Position
 from trainer.quality.baseline_files import baselines_of
 from trainer.quality.baselines import by_baseline, counted_feature
+from trainer.quality.domains import SplitMetrics
 from trainer.ranks.process_group import Ranks, process_group
 from trainer.run_config import Config, load_config, of_files
 from trainer.run_folder import versions
@@ -38,7 +39,7 @@ def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool
 
     `profiled`: also a trace of some steps and a table of where their time went, see `pipelines.profile`.
     """
-    settings = _settings(config, overrides)
+    settings = settings_of(config, overrides)
     with process_group(settings.train.timeout_s, settings.train.device) as ranks, of_files(config, overrides):
         run(settings, out, ranks, profiled=profiled)
 
@@ -49,7 +50,7 @@ def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         TandemError: what training would raise.
     """
-    settings = _settings(config, overrides)
+    settings = settings_of(config, overrides)
     with process_group(settings.train.timeout_s, settings.train.device) as ranks, of_files(config, overrides):
         say = _say(ranks)
         start = open_start(settings, out, ranks, say, checking=True)
@@ -60,7 +61,8 @@ def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
         say(f"{config} and {settings.data.log} fit together; {out} can be trained on {ranks.device}")
 
 
-def _settings(config: Path, overrides: Sequence[str]) -> Config:
+def settings_of(config: Path, overrides: Sequence[str]) -> Config:
+    """The settings of a run, with places that do not depend on the folder that a command is called in."""
     settings = load_config(config, overrides)
     # Kept in the run, which other commands may read from another folder.
     here = settings.data.absolute()
@@ -84,13 +86,20 @@ def run(
     ranks: Ranks,
     after_step: Callable[[int], None] | None = None,
     profiled: bool = False,
-) -> None:
-    """The job on one rank, inside a process group; `after_step` is called with the number of steps done."""
+    after_validation: Callable[[int, SplitMetrics], bool] | None = None,
+    baselines: bool = True,
+) -> bool:
+    """The job on one rank, inside a process group -> whether it came to its end, and was not stopped.
+
+    Args:
+        after_step: called with the number of steps done; after_validation: see `Trainer`.
+        baselines: measure simple rules beside the last validation, for which data are read once more.
+    """
     say = _say(ranks)
     start = open_start(config, out, ranks, say)
     folder, resume = start.folder, start.resume
     trainer = trainer_of(start, say, Trainer)
-    trainer.after_step = after_step
+    trainer.after_step, trainer.after_validation = after_step, after_validation
     with ExitStack() as opened:
         if profiled:
             profile = opened.enter_context(closing(StepProfile(trainer.model, out, ranks, say)))
@@ -102,7 +111,8 @@ def run(
     if start.train.vectors:
         found = {name: each.counts.entry() for name, each in start.train.vectors.items()}
         from_rank_0(lambda: folder.update_summary({"vectors": found}))
-    _conclude(trainer, end, resume, start.manifest, say)
+    _conclude(trainer, end, resume, start.manifest, say, baselines)
+    return not trainer.stopped
 
 
 def trainer_of(start: Start, say: Callable[[str], None], kind: type[Kind]) -> Kind:
@@ -133,6 +143,7 @@ def _conclude(
     resume: checkpoint.ResumePoint,
     manifest: LogManifest,
     say: Callable[[str], None],
+    baselines: bool,
 ) -> None:
     """Say how training ended, and sum it up where it reached its end; collective."""
     ranks, folder = trainer.ranks, trainer.folder
@@ -169,6 +180,7 @@ def _conclude(
         lines: list[str] = []
         if metrics is not None and trainer.validation.reader is not None:
             entries |= {"validation": metrics.entry(), "validation_step": step}
+        if baselines and metrics is not None and trainer.validation.reader is not None:
             try:
                 with baselines_of(trainer.validation.reader, folder.path, _RATES_OF) as beside:
                     table, missing = beside.metrics(), beside.missing

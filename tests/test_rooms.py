@@ -19,7 +19,7 @@ PAGE = "docs/architecture.md"
 ROOMS: dict[str, tuple[str, ...]] = {
     ".": ("launch", "pipelines", "trainer", "embeddings"),
     "pipelines": (
-        *("analyze", "online", "train", "profile"),
+        *("tune", "analyze", "online", "train", "profile"),
         *("evaluate", "quality_report"),
         *("export_portable", "export", "export_version"),
         *("export_uncertainty", "export_parity", "export_source"),
@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "trainer/model": (
         *("frame", "union", "branch", "settings"),
         *("heads", "read", "retrieve"),
-        *("windows", "sizes", "time", "ops", "border", "known"),
+        *("windows", "sizes", "time_vectors", "time", "ops", "border", "known"),
     ),
     "embeddings": (
         *("plan", "ids", "lookup", "groups", "optimizers", "first_rows", "agreement", "private"),

@@ -12,7 +12,6 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from embeddings.errors import ConfigError
-from embeddings.first_rows import FIRST_SCALES, FirstWeights
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.ids.rules import IdRules, part_name
 from embeddings.optimizers import FusedOptimizer
@@ -23,7 +22,7 @@ from trainer.config.per_task import against_per_task
 from trainer.config.phases import PhaseConfig, UpdateRule
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
 from trainer.config.sets import sets_of
-from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig
+from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig, against_init_like
 from trainer.config.tasks import Task, TaskConfig, TaskName
 from trainer.config.toml import Settings, Sources, load_settings, naming
 from trainer.model.settings import BranchConfig, ModelConfig
@@ -60,7 +59,10 @@ class Config(Settings):
             used |= settings.roles.used()
             self._check_sets(branch, settings)
             self._check_data(branch, settings)
+            self._check_content(branch, settings)
         self._check_owners()
+        for problem in against_init_like(self.groups):
+            raise ValueError(problem)
         unused = set(self.groups) - used
         if unused:
             raise ValueError(
@@ -119,20 +121,10 @@ class Config(Settings):
             raise ValueError(f"{key}: {problem}")
         return self
 
-    def first_weights(self, group: str) -> FirstWeights:
-        """The distribution of a group's first weights, by its roles where the config does not say."""
-        given = self.groups[group]
-        scored = any(group in branch.scored_groups for branch in self.model.all_branches().values())
-        kind = given.init or ("normal" if scored and given.init_scale is None else "uniform")
-        return FirstWeights(kind, given.init_scale or FIRST_SCALES[kind])
-
     def with_first_weights(self) -> Config:
         """The same with the first weights of every group as if they had been given."""
-        first = {name: self.first_weights(name) for name in self.groups}
-        groups = {
-            name: group.model_copy(update={"init": first[name].kind, "init_scale": first[name].scale})
-            for name, group in self.groups.items()
-        }
+        scored = set[str]().union(*(each.scored_groups for each in self.model.all_branches().values()))
+        groups = {name: group.with_first_weights(name in scored) for name, group in self.groups.items()}
         return self.model_copy(update={"groups": groups})
 
     @property
@@ -220,6 +212,21 @@ class Config(Settings):
                 f"owner, as {where} = 4 does"
             )
 
+    def _check_content(self, branch: str, settings: BranchConfig) -> None:
+        """Raise an error if groups name vectors that there are not, or a branch lacks those it compares."""
+        for name, group in self.groups.items():
+            if group.vectors and group.vectors not in self.data.vectors:
+                known = ", ".join(self.data.vectors) or "none"
+                raise ValueError(f"groups.{name}.vectors = {group.vectors!r}: [data.vectors] has {known}")
+        roles = settings.roles
+        if settings.sequence_kind.needs_content and not (
+            self.groups[roles.attention_target].vectors and self.groups[roles.attention_behavior].vectors
+        ):
+            raise ValueError(
+                f'branch {branch!r}: sequence = "{settings.sequence}" compares contents: let both attention '
+                "roles name a group whose rows are pre-trained, see groups.<name>.vectors"
+            )
+
     def _check_data(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if the reader does not deliver what a branch works on."""
         data = self.data
@@ -236,6 +243,11 @@ class Config(Settings):
             raise ValueError(
                 f'branch {branch!r}: sequence = "{settings.sequence}" must not see which behaviors a search '
                 'retrieved for a candidate; set search = "recent"'
+            )
+        if cut and settings.sequence_kind.needs_stretch and not settings.newest:
+            raise ValueError(
+                f'branch {branch!r}: sequence = "{settings.sequence}" reads stretches of the history, and '
+                'data.search or data.clusters leaves gaps; set search = "recent"'
             )
         kind = self.model.auxiliary_kind
         if cut and branch == "main" and kind is not None and kind.retrieves and not settings.newest:
@@ -298,18 +310,11 @@ def build_groups(
     sizes = {**rows, **{name: table.rows for name, table in config.tables.items() if table.rows}}
     sizes |= {feature: each.rows for feature, each in config.id_rules.items()}
     groups = {}
-    for name, group in config.groups.items():
+    for name, group in config.with_first_weights().groups.items():
         of_context = name in [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
         allowed = (context_rows or {}) if of_context else item_rows
         own = {feature: sizes[feature] for feature in allowed}
-        if group.init_like and group.init_like not in set(config.groups) - {name}:
-            others = ", ".join(sorted(set(config.groups) - {name})) or "none"
-            raise ConfigError(
-                f"groups.{name}.init_like = {group.init_like!r} is no other group; there are: {others}"
-            )
-        groups[name] = _build_group(
-            name, group, config.first_weights(name), own, tasks, sizes.get(config.data.domain, 0)
-        )
+        groups[name] = _build_group(name, group, own, tasks, sizes.get(config.data.domain, 0))
         groups[name] = groups[name].with_keys(*config.own_keys(name))
     for branch in config.model.all_branches().values():
         _check_branch(branch, groups)
@@ -318,12 +323,7 @@ def build_groups(
 
 
 def _build_group(
-    name: str,
-    group: GroupConfig,
-    first: FirstWeights,
-    rows: Mapping[str, int],
-    tasks: Sequence[Task],
-    domains: int,
+    name: str, group: GroupConfig, rows: Mapping[str, int], tasks: Sequence[Task], domains: int
 ) -> TableGroup:
     """One group: over the features that it names, or over all features of `rows`."""
     features = group.features or tuple(rows)
@@ -348,7 +348,16 @@ def _build_group(
         for set_, settings in sets.items()
         for feature in features
     )
-    return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets), like=group.init_like)
+    return TableGroup(
+        name,
+        tables,
+        optimizer,
+        group.first_weights,
+        *kinds,
+        sets=tuple(sets),
+        like=group.init_like,
+        given=bool(group.vectors),
+    )
 
 
 def _check_model(config: Config, groups: Mapping[str, TableGroup]) -> None:
@@ -384,6 +393,12 @@ def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> Non
         problem = branch.sequence_kind.width_problem(branch, representation.of_set(name).width)
         if problem:
             raise ConfigError(problem)
+    if branch.time == "concat" and len(representation.set_names) > 1:
+        raise ConfigError(
+            'model.time = "concat" puts time beside the vectors of one set, and group '
+            f"{representation.name} has {len(representation.set_names)}: set model.time = "
+            f'"bias" or groups.{representation.name}.sets = 1'
+        )
     attention = groups[roles.attention_behavior].features
     if branch.attend and groups[roles.attention_behavior].fusion == "sum":
         raise ConfigError(

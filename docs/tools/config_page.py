@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from docs.tools.links import escaped
 from pipelines.ingest.config import IngestConfig
 from pipelines.serve.settings import ServeSettings
+from pipelines.tune.settings import SpaceConfig
 from trainer.config.mistakes import models_in
 from trainer.config.toml import Settings
 from trainer.objectives.table import OBJECTIVES, RANKINGS
@@ -32,7 +33,7 @@ _HEAD = """# Configuration: every key
 from the first one. The values of the first file win. An unknown key is an error. configs/ holds ready files.
 Other pages explain what the keys do: [training.md](training.md), [models.md](models.md),
 [tables.md](tables.md), [checkpoints.md](checkpoints.md), [plan.md](plan.md), [ingest.md](ingest.md),
-[serving.md](serving.md).
+[serving.md](serving.md), [tuning.md](tuning.md).
 
 After `tandemrec --install-completion` the shell completes verbs and options.
 """
@@ -41,6 +42,7 @@ _MODELS: tuple[tuple[str, str, type[Settings]], ...] = (
     ("Training", "For `tandemrec train`, `plan` and `bench`.", Config),
     ("Ingest", "For `tandemrec ingest`.", IngestConfig),
     ("Serve", "For `tandemrec serve --config`.", ServeSettings),
+    ("Tune", "For `tandemrec tune --space`.", SpaceConfig),
 )
 # Keys of text whose values are the names of a table, and whose meanings the docstrings there.
 _TABLES: dict[str, Mapping[str, Any]] = {
@@ -175,9 +177,15 @@ def _values(entry: Mapping[str, Any]) -> str:
     if entry.get("type") == "array":
         return f"list of {_values(entry['items'])}"
     if entry.get("type") == "object":
-        named: list[Mapping[str, Any]] = list(entry.get("patternProperties", {}).values())
-        return f"table, each {_values(named[0] if named else entry['additionalProperties'])}"
-    return _WORDS.get(entry.get("type", ""), "see below") + _bounds(entry)
+        return _table(entry)
+    return _WORDS.get(entry.get("type", ""), "see below" if entry else "anything") + _bounds(entry)
+
+
+def _table(entry: Mapping[str, Any]) -> str:
+    if entry.get("additionalProperties") is True:
+        return "table of anything"
+    named: list[Mapping[str, Any]] = list(entry.get("patternProperties", {}).values())
+    return f"table, each {_values(named[0] if named else entry['additionalProperties'])}"
 
 
 def _bounds(entry: Mapping[str, Any]) -> str:

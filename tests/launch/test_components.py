@@ -22,7 +22,18 @@ from torchx.specs.file_linter import validate
 
 from launch import components
 from launch.cli import app
-from launch.components import Job, JobError, JobShape, evaluate, export, online, parse_shape, plan, train
+from launch.components import (
+    Job,
+    JobError,
+    JobShape,
+    evaluate,
+    export,
+    online,
+    parse_shape,
+    plan,
+    train,
+    tune,
+)
 from tests.helpers.launching import ROOT, SETTINGS, launched
 from tests.helpers.logs import small_log
 from tests.helpers.streams import add_window, rows_of, write_stream
@@ -481,3 +492,20 @@ def test_the_image_is_made_of_what_is_there() -> None:
     assert [line for line in lines if line.startswith("USER ")] == ["USER tandemrec"]
     assert lines.index("USER tandemrec") > max(n for n, line in enumerate(lines) if line.startswith("RUN"))
     assert lines[-1] == 'CMD ["python", "-m", "launch.cli", "--help"]'
+
+
+def test_workers_of_a_study_are_replicas(tmp_path: Path) -> None:
+    given = {"config": "configs/dare.toml", "space": "configs/spaces/rates.toml", "out": "/shared/study"}
+    app = tune("--trials", "4", "data.log=log", **given, workers=3)
+    assert [(role.name, role.num_replicas, role.min_replicas) for role in app.roles] == [("tune", 3, 3)]
+    words = "tune --config configs/dare.toml --space configs/spaces/rates.toml --out /shared/study --trials 4"
+    assert _command(app) == f"exec python -m launch.cli {words} data.log=log"
+    assert "--standalone --nnodes=1 --nproc-per-node=2" in _command(tune(**given, j="1x2"))
+    with pytest.raises(JobError, match="give the number of nodes as --workers"):
+        tune(**given, j="2x1")
+    with pytest.raises(JobError, match="needs at least one"):
+        tune(**given, workers=0)
+    wrong = tmp_path / "space.toml"
+    wrong.write_text("[parameters]\na = { low = 2, high = 1 }\n")
+    with pytest.raises(JobError, match="low = 2 must be less than high = 1"):
+        tune(**{**given, "space": str(wrong)})

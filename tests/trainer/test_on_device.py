@@ -62,10 +62,12 @@ LAUNCHES = {
     "dpe": 204,
     "dsi_tin": 315,
     "esmm": 291,
+    "hstu": 999,
     "eta": 237,
     "mmoe": 252,
     "multi_embedding": 287,
     "multi_embedding_twin": 639,
+    "muse": 999,
     "pepnet": 293,
     "ple": 348,
     "sdim": 158,
@@ -86,6 +88,7 @@ LAUNCHES = {
     "twin_paper_dare": 194,
     "twin_proj": 250,
     "twin_v2": 498,
+    "vista": 999,
 }
 ADVICE = "If that is meant, say in the commit why it is worth it, and set LAUNCHES in test_on_device.py to"
 

@@ -24,6 +24,10 @@ from trainer.sealed_folder import naming
 _NAME = "starts.jsonl"
 
 
+class NoProgress(ConfigError):
+    """So many starts of a run have failed at the same step that one more would be in vain."""
+
+
 def note_start(folder: RunFolder, config: Config, step: int, *, checking: bool = False) -> None:
     """Write down that a run starts from `step`; collective.
 
@@ -31,7 +35,7 @@ def note_start(folder: RunFolder, config: Config, step: int, *, checking: bool =
         checking: only check, and write nothing.
 
     Raises:
-        ConfigError: the last `train.max_starts_without_progress` starts began there, too, with this config.
+        NoProgress: the last `train.max_starts_without_progress` starts began there, too, with this config.
     """
     from_rank_0(lambda: _note(folder.path / _NAME, config, step, checking))
 
@@ -58,7 +62,7 @@ def _note(file: Path, config: Config, step: int, checking: bool) -> None:
     attempts = len(list(takewhile(lambda line: _step_and_config(line) == (step, digest), reversed(lines))))
     limit = config.train.max_starts_without_progress
     if limit and attempts >= limit:
-        raise ConfigError(
+        raise NoProgress(
             f"{file}: the last {attempts} starts began at step {step:,} and failed before a newer "
             "checkpoint; look at the first error of each and mend its cause (or save more often, see "
             "checkpoint.*), then delete this file to go on; a start with a changed "

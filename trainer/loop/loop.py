@@ -70,8 +70,7 @@ class Trainer:
         self.config, self.model, self.ranks, self.folder, self.say = config, model, ranks, folder, say
         self.log_fingerprint, self.plan = log_fingerprint, plan
         self.optimizer = run_optimizer(model, config)
-        guard = Guard(ranks, folder.path)
-        self.step = TrainStep(config, model, self.optimizer, ranks.world_size, guard)
+        self.step = TrainStep(config, model, self.optimizer, ranks.world_size, Guard(ranks, folder.path))
         touched = TouchedRows(model) if config.checkpoint.full_every > 1 else None
         given = config, model, self.optimizer, self.step
         self.course = Course(*given, train, validation, ranks, folder.path, say, supply, touched)
@@ -81,6 +80,8 @@ class Trainer:
         self.at = Position()
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
+        # The same after each validation, with what was measured; -> whether to stop there, on all ranks.
+        self.after_validation: Callable[[int, SplitMetrics], bool] | None = None
         self.meter = Meter(ranks.device)
         self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
         self.interrupts = Interrupts(config.checkpoint)
@@ -203,7 +204,7 @@ class Trainer:
         After the last step nothing is saved before the last validation, which the checkpoint is to know of.
         """
         interrupt = self.interrupts.look(self.at.step, self.saver.failed)
-        self.stopped = interrupt.stop
+        self.stopped = self.stopped or interrupt.stop
         if interrupt.save_failed:
             self.saver.settle()
         every = self.config.checkpoint.every_steps
@@ -255,8 +256,7 @@ class Trainer:
 
     def _run_over(self) -> bool:
         """Whether training ends here, whatever is left of its phases."""
-        limit = self.config.train.max_steps
-        return self.stopped or bool(limit and self.at.step >= limit)
+        return self.stopped or 0 < self.config.train.max_steps <= self.at.step
 
     def _phase_over(self) -> bool:
         return self.course.done(self.at) or self._run_over()
@@ -308,6 +308,8 @@ class Trainer:
         self.say(f"validation after step {self.at.step}{sampled}:{metrics.text()}")
         if line := self.validation.judge(self.at, self.course.phase, metrics):
             self.say(line)
+        if self.after_validation is not None and self.after_validation(self.at.step, metrics):
+            self.stopped = self.course.share(self.at) < 1
         # Time that no step has taken.
         self.meter.take_time()
 
@@ -334,9 +336,8 @@ class Trainer:
         found = checkpoint.find_to_use(self.folder.checkpoints, "" if step is None else str(step))
         for line in found.lines:
             self.say(line)
-        path = found.path
-        assert path is not None
-        self.load_from(path)
+        assert found.path is not None
+        self.load_from(found.path)
         return int(found.state["step"])
 
     def load_from(self, path: Path) -> None:

@@ -32,6 +32,10 @@ Answer = TypeVar("Answer")
 _SHOWN = 3
 
 
+class NotFinite(DataError):
+    """A loss or a gradient is not finite; the step has changed no weight."""
+
+
 @dataclass(frozen=True)
 class Gradients:
     """What one rank has computed of a step, before any weight changes.
@@ -162,7 +166,7 @@ class Guard:
         """Stop where a checked step is not finite; waits for the answer, collective where it is bad.
 
         Raises:
-            DataError: something is not finite on some rank. All ranks raise it; it names the ranks, what is
+            NotFinite: something is not finite on some rank. All ranks raise it; it names the ranks, what is
                 not finite there, and the files of their batches, which are kept in the folder.
         """
         alarm, *sizes = check.copy.wait().tolist()
@@ -182,7 +186,7 @@ class Guard:
 
         lines = [line for line in self._everyone(line) if line]
         more = f"; and {len(lines) - _SHOWN} more ranks" if len(lines) > _SHOWN else ""
-        raise DataError(
+        raise NotFinite(
             f"step {check.number} is not finite on {'; '.join(lines[:_SHOWN])}{more}. No weight was "
             "changed and nothing saved; look at labels, weights and numbers of the batch, or lower the "
             "learning rates"

@@ -21,7 +21,7 @@ from pipelines.analyze.report.charts import WIDTH, draw, short, size_of
 from pipelines.analyze.report.model import Chart, Figure
 from pipelines.analyze.report.palette import GRID, INK, PAPER, SOFT, Look, looks_of, with_variables
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": SOFT,
     "axes.facecolor": "none",
@@ -63,7 +63,7 @@ _HEAD = re.compile(r"^.*?(?=<svg)", re.DOTALL)
 
 @contextmanager
 def _style() -> Iterator[None]:
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
         # The page has all letters; a picture lacks those that its font lacks.
         warnings.filterwarnings("ignore", message="Glyph")
         yield
