@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pipelines.analyze.report.draw import STYLE
 from pipelines.analyze.report.palette import GREY, INK, SERIES
@@ -75,8 +75,12 @@ def _slice(axes: Axes, parameter: Parameter, found: Findings, rows: Sequence[Tri
     own = [row for row in rows if parameter.name in row.parameters]
     if parameter.ranged:
         places: list[Any] = [row.parameters[parameter.name] for row in own]
-        axes.set_xscale("log" if parameter.log else "linear")
         axes.set_xlim(*_widened(parameter))
+        if parameter.log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         places = [parameter.choices.index(row.parameters[parameter.name]) for row in own]
         names = [value_text({"": choice}, "") for choice in parameter.choices]
