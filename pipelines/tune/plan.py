@@ -56,7 +56,7 @@ class StudyPlan:
         """Raises ConfigError where the files of the configuration have changed since the study was begun."""
         if load_config(self.config, (*self.budget, *self.given)) != self.base:
             raise ConfigError(
-                f"{self.config}, or what it extends, has changed since this worker began; trials could not be "
+                f"{self.config}, or what it extends, has changed since this worker began; trials cannot be "
                 "compared: change it back, or give the changed one another --out"
             )
 
