@@ -32,14 +32,13 @@ def plot_study(found: Findings, path: Path) -> bool:
     if not rows:
         return False
     panels = 1 + len(found.plan.parameters) + bool(found.importance)
-    down = -(-panels // _ACROSS)
+    across = 2 if panels == 4 else min(panels, _ACROSS)
+    down = -(-panels // across)
     with mpl.rc_context(STYLE):
-        figure = Figure(
-            figsize=(_WIDTH * min(panels, _ACROSS), _HEIGHT * down + 0.5), dpi=_DPI, layout="constrained"
-        )
+        figure = Figure(figsize=(_WIDTH * across, _HEIGHT * down + 0.5), dpi=_DPI, layout="constrained")
         title = f"{found.plan.config.stem}: validation {found.plan.settings.metric} of {len(rows)} trial(s)"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        axes = [figure.add_subplot(down, min(panels, _ACROSS), place + 1) for place in range(panels)]
+        axes = [figure.add_subplot(down, across, place + 1) for place in range(panels)]
         _course(axes[0], found, rows)
         for panel, parameter in zip(axes[1:], found.plan.parameters, strict=False):
             _slice(panel, parameter, found, rows)
