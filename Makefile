@@ -17,6 +17,8 @@ LOG = $(OUT)/log
 DRY ?=
 STEPS ?=
 BUDGET ?=
+LEAGUE ?=
+DEVLOG ?=
 GPU_OUT = $(if $(DRY),runs/gpu-dry,runs/gpu)
 # What `make train` has left, for the step `demo`.
 GPU_LOG = $(if $(DRY),,$(addprefix --log ,$(wildcard $(LOG))))
@@ -50,10 +52,11 @@ help: ## this list
 	@echo "  TORCH_INDEX=URL  package index for torch, such as PyTorch's CPU-only one (a far smaller download)"
 	@echo "  OUT=runs/demo    where 'make train' writes"
 	@echo "  NPROC=2          ranks it trains on; with DEVICE=cuda one a GPU, at most 2"
-	@echo "  SMOKE=1          'make train', 'make serve' and 'make online' in small, in runs/smoke"
+	@echo "  SMOKE=1          'make train', 'make serve', 'make online' and 'make league' in small, in runs/smoke"
 	@echo "  TEST_WORKERS=3   processes of 'make test'"
 	@echo "  DRY=1            'make gpu-check' with tiny sizes, on a CPU too"
 	@echo "  STEPS=right      only some steps of 'make gpu-check'; BUDGET=600 is the seconds that it may take"
+	@echo "  LEAGUE=--seeds=17  options of 'make league', see 'tandemrec bench league --help'"
 
 install: $(VENV)/.installed-$(DEVICE) ## the environment, in .venv/
 
@@ -156,6 +159,11 @@ format: install-dev ## rewrite the code the way lint wants it
 
 bench: install ## after `make train`: all benchmarks on this machine, into benchmarks/*.md (half an hour)
 	python -m benchmarks.harness.refresh --log "$(LOG)"
+
+.PHONY: league
+league: install ## every preset on every log, five seeds each, beside lines to beat (hours), into benchmarks/league.md
+	@python -m benchmarks league --jobs 2 --out $(if $(SMOKE),runs/smoke/league --smoke,runs/league) \
+	  --page $(if $(SMOKE),runs/smoke/league/league.md,benchmarks/league.md) $(if $(DEVLOG),--raw devlog="$(DEVLOG)") $(LEAGUE)
 
 docs: $(VENV)/.installed-docs ## docs/config.md from the code, then the site of docs/ and the API, in runs/site
 	python -m docs.tools.config_page

@@ -149,7 +149,7 @@ def run_jobs(jobs: Sequence[Job], given: Any, command: Sequence[str], extra: str
                     failed.append(name)
                     print(f"{name}: exit code {process.returncode}, see {out / name}.log", flush=True)
                     continue
-                record = _record(job, out, time.perf_counter() - started, threads, extra)
+                record = record_of(job, out, time.perf_counter() - started, threads, extra)
                 keep(out, record)
                 print(f"{name}: test AUC {record['test']['auc']:.4f}", flush=True)
     finally:
@@ -169,7 +169,8 @@ def _start(job: Job, out: Path, threads: int, command: Sequence[str]) -> subproc
         )
 
 
-def _record(job: Job, out: Path, seconds: float, threads: int, extra: str) -> Record:
+def record_of(job: Job, out: Path, seconds: float, threads: int, extra: str) -> Record:
+    """What a finished run is kept as, from the files in its folder; see `run_jobs`."""
     summary = json.loads((out / job.name / "summary.json").read_text(encoding="utf-8"))
     more = json.loads((out / job.name / extra).read_text(encoding="utf-8")) if extra else {}
     record = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from embeddings.errors import ConfigError
-from embeddings.first_rows import FirstWeights
+from embeddings.first_rows import FirstWeights, table_seed
 from embeddings.optimizers import FusedOptimizer
 
 
@@ -75,12 +75,14 @@ class TableGroup:
         fusion: how the vectors of a set become one: `concat`, or their `sum` (tables of one width).
         optimizer: the fused optimizer of all its rows.
         first: the distribution of the first weights.
+        like: the group whose tables of the same features begin with the same random numbers; empty: its own.
         sharding: sharding types the planner may use; empty means the device's default set.
         kind: `bag` or `sequence`, see `embeddings.lookup.compile`.
         dtype: `fp32` or `fp16`, what the rows are kept in; lookups give float32 and state is float32.
         stochastic_rounding: whether an updated row becomes fp16 at random, in proportion, instead of to
             nearest; None = on a GPU, as FBGEMM's kernels do by default. A CPU rounds to nearest.
         sets: in the order of their tables. Those may have lanes, see `EmbeddingSet.losses`.
+        given: its rows come from elsewhere, and nothing trains them.
     """
 
     name: str
@@ -93,6 +95,8 @@ class TableGroup:
     fusion: Literal["concat", "sum"] = "concat"
     stochastic_rounding: bool | None = None
     sets: tuple[EmbeddingSet, ...] = (EmbeddingSet(),)
+    like: str = ""
+    given: bool = False
 
     def __post_init__(self) -> None:
         # A vector of a bag is cut into those of the sets by this order, and manifests come from anywhere.
@@ -162,6 +166,10 @@ class TableGroup:
     def table_name(self, table: TableSpec) -> str:
         """The table's name, unique over all groups."""
         return str(TableName(self.name, table.set, table.feature, table.lane))
+
+    def first_seed(self, seed: int, table: str) -> int:
+        """The seed of a table's first weights, by its name and the seed of the run."""
+        return table_seed(seed, self.like + table[len(self.name) :] if self.like else table)
 
     def of_set(self, name: str) -> TableGroup:
         """The group as if it had the tables of one set only; their names stay.

@@ -22,6 +22,7 @@ from launch.options import (
     Checkpoint,
     ConfigFile,
     Device,
+    HistoryLength,
     MoreOverrides,
     Overrides,
     Overwrite,
@@ -218,12 +219,13 @@ def evaluate(
         int, Option(min=0, help="About so many candidates at most, those of some users; 0: all.")
     ] = 0,
     weights: Weights = "raw",
+    history_length: HistoryLength = 0,
 ) -> None:
     """Measure a trained run: AUC, log loss, calibration."""
     with quick_imports():
         from pipelines.evaluate import evaluate as run
 
-    run(run_folder, split, checkpoint, device, sample, weights)
+    run(run_folder, split, checkpoint, device, sample, weights, history_length)
 
 
 app.command()(analyze)
@@ -251,7 +253,10 @@ def cluster(
     out: Annotated[Path, At(metavar="LOG", help="The log to write, with clusters.")],
     chunk: Annotated[int, Option(min=1, help="Behaviors clustered together.")] = 500,
     cap: Annotated[int, Option(min=1, help="Most behaviors of a cluster.")] = 20,
-    group_by: Annotated[str, Option(metavar="FEATURE", help="No cluster mixes values of this feature.")] = "",
+    group_by: Annotated[
+        str,
+        Option(metavar="FEATURE", help="No cluster mixes values of it. coarsest: fewest values; or none."),
+    ] = "coarsest",
     seed: Annotated[int, Option(min=0, help="Of k-means.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:

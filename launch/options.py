@@ -75,6 +75,15 @@ Weights = Annotated[
     Literal["raw", "averaged"],
     Option("--weights", help="Dense weights of the last step, or their average over its phase."),
 ]
+HistoryLength = Annotated[
+    int,
+    Option(
+        "--history-length",
+        min=0,
+        metavar="L",
+        help="Behaviors that a request may see; 0: as in training. Only without ranks in the model.",
+    ),
+]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
     Option("--device", help="Where to compute; the default: the run's train.device.", show_default=False),

@@ -16,6 +16,7 @@ from launch.options import (
     Device,
     Dtype,
     Form,
+    HistoryLength,
     Inside,
     ParityLog,
     ParitySplit,
@@ -64,6 +65,7 @@ def export(
         Search, Option(help="For a retrieval service: add the vectors that are projected from tables.")
     ] = "none",
     weights: Weights = "raw",
+    history_length: HistoryLength = 0,
     uncertainty: Uncertainty = False,
     uncertainty_candidates: UncertaintyCandidates = 200_000,
     prior_precision: PriorPrecision = 0.0,
@@ -96,7 +98,7 @@ def export(
         if run_folder is None:
             raise typer.BadParameter("export needs --run, the run folder whose checkpoint is exported")
         most = 1000 if parity_requests is None else parity_requests
-        rest = (most, aoti, vocabularies, checkpoint, device, search, weights, sure)
+        rest = (most, aoti, vocabularies, checkpoint, device, search, weights, sure, history_length)
         run(run_folder, out, dtype or "fp32", attention_dtype or "fp16", since, keep, *rest)
         return
     of_snapshots: dict[str, object] = {"--since": since, "--keep": keep or None, "--aoti": aoti or None}
@@ -106,7 +108,9 @@ def export(
     if snapshot is not None:
         of_runs = {"--dtype": dtype, "--attention-dtype": attention_dtype, "--checkpoint": checkpoint}
         _refuse(
-            of_runs | {"--device": device, "--weights": None if weights == "raw" else weights},
+            of_runs
+            | {"--device": device, "--weights": None if weights == "raw" else weights}
+            | {"--history-length": history_length or None},
             "goes with --run",
         )
     if form != "onnx":
@@ -116,7 +120,11 @@ def export(
     from pipelines.export_portable import PortableOptions, export_portable
 
     version = ExportOptions(
-        dtype or "fp32", attention_dtype or "fp32", parity_requests=0, which=checkpoint, weights=weights
+        *(dtype or "fp32", attention_dtype or "fp32"),
+        parity_requests=0,
+        which=checkpoint,
+        weights=weights,
+        history_length=history_length,
     )
     requests = None if parity_requests == 0 else parity_requests or 0
     options = PortableOptions(form, 1_000_000 if inside is None else inside, log, split, requests, triton)

@@ -21,13 +21,18 @@ from trainer.log.writer import staged, write_manifest, write_split
 from trainer.snapshot import Snapshot, load_fetched
 from trainer.storage.objects import copy_folder
 
+# Words in place of a feature: that of the fewest values, and no feature at all.
+COARSEST, NOTHING = "coarsest", "none"
+
 
 def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: bool = False) -> LogManifest:
     """Copy a log with two more columns: size and mean time of the cluster that a behavior represents.
 
     Args:
         log: the sequence log; snapshot: whose attention vectors of behaviors are clustered.
-        out: the log to write; info: chunk, cap, grouping feature and seed.
+        out: the log to write.
+        info: chunk, cap, grouping feature and seed. `COARSEST` in place of the feature takes the one of the
+            fewest values, `NOTHING` or an empty name none.
 
     Raises:
         DataError: the log is damaged, lacks the grouping feature, or is of another vocabulary.
@@ -36,12 +41,7 @@ def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: 
     quiet_third_parties()
     manifest, loaded = read_manifest(log), load_fetched(snapshot)
     loaded.check_vocabularies({**manifest.features, **manifest.context}, log)
-    feature = manifest.features.get(info.group_by)
-    if info.group_by and (feature is None or feature.multi or feature.encoder or not feature.of_behaviors):
-        features = manifest.features.items()
-        fit = [name for name, each in features if each.of_behaviors and not each.multi and not each.encoder]
-        problem = f"has no single-valued feature {info.group_by!r} of behaviors to group by"
-        raise DataError(f"{problem}; it has {', '.join(fit)}", file=log)
+    info = info.model_copy(update={"group_by": grouping_feature(manifest, info.group_by, log)})
     clustered = manifest.model_copy(update={"clusters": info.model_copy(update={"source": loaded.digest()})})
     shares = []
     with staged(out, overwrite) as staging:
@@ -57,8 +57,36 @@ def cluster(log: Path, snapshot: Path, out: Path, info: ClusterInfo, overwrite: 
             shares.append(f"{split}: {sum(sizes):,} clusters of {files.behaviors:,} behaviors")
         copy_folder(log / VOCABULARIES, staging / VOCABULARIES)
         write_manifest(staging, clustered.model_copy(update={"splits": splits}))
-    print(f"{'; '.join(shares)} -> {out}")
+    grouped = f"grouped by {info.group_by}" if info.group_by else "not grouped by any feature"
+    print(f"{'; '.join(shares)}, {grouped} -> {out}")
     return clustered
+
+
+def grouping_feature(manifest: LogManifest, wanted: str, log: Path) -> str:
+    """The feature whose values are clustered apart; empty = none.
+
+    TWIN-V2 groups by the fraction of a video that was played. A log has no such thing by a fixed name. Of its
+    features the one of the fewest values comes next to it: a bucketed fraction, an action, the coarsest level
+    of a taxonomy.
+
+    Raises:
+        DataError: the log, at `log`, has no such single-valued feature of behaviors.
+    """
+    fit = {
+        name: each.rows
+        for name, each in manifest.features.items()
+        if each.of_behaviors and not each.multi and not each.encoder
+    }
+    if wanted in fit or not wanted:
+        return wanted
+    if wanted == NOTHING:
+        return ""
+    if wanted == COARSEST:
+        # Rows of raw ids are not known; items themselves are what is clustered.
+        known = [name for name in fit if not manifest.features[name].raw and name != "item_id"]
+        return min(known, key=lambda name: (fit[name], name), default="")
+    problem = f"has no single-valued feature {wanted!r} of behaviors to group by"
+    raise DataError(f"{problem}; it has {', '.join(fit)}", file=log)
 
 
 def _clustered_rows(

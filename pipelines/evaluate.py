@@ -20,6 +20,7 @@ from trainer.quality.baseline_files import baselines_of
 from trainer.quality.baselines import by_baseline, counted_feature
 from trainer.quality.domains import SplitMetrics
 from trainer.quality.evaluate import scored_split, shared_metrics
+from trainer.quality.history_free import history_free_entry, history_free_line
 from trainer.quality.metrics import entry_of
 from trainer.quality.overlap import LEAST_OVERLAP, Overlap, too_small
 from trainer.quality.scored import Scores
@@ -38,17 +39,19 @@ def evaluate(
     device: DeviceName | None = None,
     sample: int = 0,
     weights: Weights = "raw",
+    history_length: int = 0,
 ) -> Mapping[str, Any]:
     """Measure a run on every request of `split`; prints tables, extends summary.json, keeps the scores.
 
     Works on any number of ranks. The scores go to `<run>/scores-<split>.parquet`, those of a sample to
     `<run>/scores-<split>-sample.parquet`. With averaged weights `-averaged` follows the split's name, in
-    summary.json `_averaged`.
+    summary.json `_averaged`; at another history length `-at-<L>`, and `_at_<L>`.
 
     Args:
         which: checkpoint, see `trainer.checkpoint.save_load.find_to_use`; device: None = as the run trained.
         sample: about so many candidates are scored at most, those of some users; 0 = all.
         weights: the dense ones: those of the last step, or their average over its phase.
+        history_length: L, behaviors that a request may see; 0 = as many as in training.
 
     Returns:
         What summary.json holds of the split: metrics of the first task, and of every task under `tasks`.
@@ -57,7 +60,7 @@ def evaluate(
     quiet_third_parties()
     settings = folder.read_config().train
     with process_group(settings.timeout_s, device or settings.device) as ranks:
-        restored = restore(folder, ranks, which, weights)
+        restored = restore(folder, ranks, which, weights, history_length)
         restored.manifest.require(split)
         reader = open_split(
             restored.config, split, restored.rows, ranks, limit=sample, finders=restored.finders
@@ -115,8 +118,10 @@ def _report(
     split, data = reader.split, restored.config.data
     sampled = measured.sampled
     averaged = bool(restored.averages)
-    name = f"{split}_averaged" if averaged else split
-    kept = folder.scores(split, sampled is not None, averaged)
+    length = data.history_length
+    at = f"_at_{length}" if length != folder.read_config().data.history_length else ""
+    name = f"{split}{at}" + ("_averaged" if averaged else "")
+    kept = folder.scores(split + at.replace("_", "-"), sampled is not None, averaged)
     of_names = write_named_scores(scored.chunks(), kept, data.log, restored.manifest, sampled)
     with baselines_of(reader, folder.path) as beside:
         table, feature = beside.metrics(scored), counted_feature(restored.manifest)
@@ -126,12 +131,14 @@ def _report(
     entries = {
         name: measured.entry(),
         f"{name}_step": restored.step,
-        baselines_key(split): by_baseline(table),
+        baselines_key(split) + at: by_baseline(table),
         f"{name}_by_history": {
             part: entry_of({task: parts[part] for task, parts in slices.items()})
             for part in next(iter(slices.values()))
         },
     }
+    if without_history := history_free_entry(split, restored.manifest.report):
+        entries[f"{split}_history_free"] = without_history
     if overlap:
         entries[f"{name}_overlap"] = dict(overlap)
     if pairs:
@@ -145,8 +152,10 @@ def _report(
     if sampled:
         size += f", a sample of the split's {reader.candidates:,} candidates; their scores: {kept}"
     what = ", averaged weights" if averaged else ""
+    what += f", at a history length of {length:,}" if at else ""
     lines = [f"{split}, after step {restored.step:,}{what}: {size}", *without(missing)]
     lines += report(measured, table, slices, pairs, feature, data.domain)
+    lines += history_free_line(split, restored.manifest.report)
     of_quality = remarks(split, measured, table, feature)
     lines += [*([""] if of_quality else []), *of_quality, *of_names]
     print("\n".join(lines), flush=True)

@@ -32,13 +32,14 @@ def export(
     search: SearchKind = "none",
     weights: Weights = "raw",
     uncertainty: UncertaintyOptions | None = None,
+    history_length: int = 0,
 ) -> Path:
     """Publish a checkpoint of `run` as the next version under `out`, and say what was written.
 
     Args:
         device: on which the trainer's own scores are made; None = where the run was to train.
         dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies, which, search, weights,
-            uncertainty: see `pipelines.export_version.ExportOptions`.
+            uncertainty, history_length: see `pipelines.export_version.ExportOptions`.
 
     Raises:
         ConfigError: started with several processes. SnapshotError, CheckpointError: see `publish_version`.
@@ -47,6 +48,7 @@ def export(
     options = ExportOptions(
         *(dtype, attention_dtype, since, keep, parity_requests, aoti, vocabularies, which, search, weights),
         uncertainty,
+        history_length,
     )
     with process_group(device=device or RunFolder(run).read_config().train.device) as ranks:
         if ranks.world_size > 1:

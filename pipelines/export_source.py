@@ -15,6 +15,7 @@ from embeddings.ids.frozen import FrozenIds
 from trainer.assemble import id_bounds, resolve_groups
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
+from trainer.checkpoint.history_length import at_length
 from trainer.checkpoint.id_files import frozen_ids
 from trainer.checkpoint.same_vectors import changed_vectors
 from trainer.checkpoint.tensors import TensorReader
@@ -84,21 +85,27 @@ class TrainedRun:
 
 
 def open_run(
-    run: Path, which: str = "", weights: Weights = "raw", requests: LogManifest | None = None
+    run: Path,
+    which: str = "",
+    weights: Weights = "raw",
+    requests: LogManifest | None = None,
+    history_length: int = 0,
 ) -> TrainedRun:
     """Find a checkpoint of a run, and compare its tables with what the config says.
 
     Args:
         which: checkpoint, see `trainer.checkpoint.save_load.find_to_use`.
         requests: of a log in the same folder whose requests are compared; None: of the run's own log.
+        history_length: L, 0 = that of the run.
 
     Raises:
         CheckpointError: the run has no usable checkpoint, or no whole average. DataError: there is no request
-            to compare.
+            to compare. ConfigError: its weights have one history length alone.
     """
     folder = RunFolder(run)
     config = folder.read_config()
     manifest = read_manifest(config.data.log)
+    config = at_length(config, manifest, history_length)
     found = checkpoint.find_to_use(folder.checkpoints, which)
     path = found.path
     assert path is not None

@@ -68,6 +68,7 @@ class ExportOptions:
             whose rows are vectors as they are, and writes nothing.
         weights: the dense ones: those of the last step, or their average over its phase.
         uncertainty: how posteriors of the last maps are made; None: there are none.
+        history_length: L, behaviors that a request may see; 0 = as many as in training.
     """
 
     dtype: Dtype = "fp32"
@@ -81,6 +82,7 @@ class ExportOptions:
     search: SearchKind = "none"
     weights: Weights = "raw"
     uncertainty: UncertaintyOptions | None = None
+    history_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def publish_version(
             no usable checkpoint, or no whole average. DataError: there is no request to compare, or no label
             of which posteriors could be made. ConfigError: the model can have none.
     """
-    opened = open_run(run, options.which, options.weights, requests)
+    opened = open_run(run, options.which, options.weights, requests, options.history_length)
     if options.uncertainty is not None:
         check_uncertainty(opened)
     if options.aoti:

@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "trainer/model": (
         *("frame", "union", "branch", "settings"),
         *("heads", "read", "retrieve"),
-        *("windows", "sizes", "time", "ops", "border", "known"),
+        *("windows", "sizes", "time_vectors", "time", "ops", "border", "known"),
     ),
     "embeddings": (
         *("plan", "ids", "lookup", "groups", "optimizers", "first_rows", "agreement", "private"),

@@ -35,6 +35,7 @@ from trainer.config.toml import flat_settings
 from trainer.data.domain import DomainColumn
 from trainer.data.parts import with_parts
 from trainer.data.similarity.encoding import features_of_tables
+from trainer.data.similarity.given_rows import set_rows_of_vectors
 from trainer.log.schema import ANY_ID, LogManifest
 from trainer.model.frame import TwoStageModel
 from trainer.model.sizes import Dimensions
@@ -266,6 +267,10 @@ def build_sharded(
         first_rows=first_rows,
         mapped_folder=_mapped_folder(config, ranks.device.type),
     )
+    if first_rows:
+        names = {name: group.vectors for name, group in config.groups.items()}
+        found = set_rows_of_vectors(sharded.state_dict(), groups, names, config.data, manifest)
+        origin = "\n".join(filter(None, (origin, *found)))
     return ShardedModel(sharded, groups, placements(plan, groups.values()), plan, origin)
 
 

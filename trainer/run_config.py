@@ -12,7 +12,6 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from embeddings.errors import ConfigError
-from embeddings.first_rows import FirstWeights
 from embeddings.groups import TableGroup, TableSpec
 from embeddings.ids.rules import IdRules, part_name
 from embeddings.optimizers import FusedOptimizer
@@ -23,7 +22,7 @@ from trainer.config.per_task import against_per_task
 from trainer.config.phases import PhaseConfig, UpdateRule
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
 from trainer.config.sets import sets_of
-from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig
+from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig, against_init_like
 from trainer.config.tasks import Task, TaskConfig, TaskName
 from trainer.config.toml import Settings, Sources, load_settings, naming
 from trainer.model.settings import BranchConfig, ModelConfig
@@ -60,7 +59,10 @@ class Config(Settings):
             used |= settings.roles.used()
             self._check_sets(branch, settings)
             self._check_data(branch, settings)
+            self._check_content(branch, settings)
         self._check_owners()
+        for problem in against_init_like(self.groups):
+            raise ValueError(problem)
         unused = set(self.groups) - used
         if unused:
             raise ValueError(
@@ -119,6 +121,12 @@ class Config(Settings):
             raise ValueError(f"{key}: {problem}")
         return self
 
+    def with_first_weights(self) -> Config:
+        """The same with the first weights of every group as if they had been given."""
+        scored = set[str]().union(*(each.scored_groups for each in self.model.all_branches().values()))
+        groups = {name: group.with_first_weights(name in scored) for name, group in self.groups.items()}
+        return self.model_copy(update={"groups": groups})
+
     @property
     def rules(self) -> Set[UpdateRule]:
         """The update rules of all phases."""
@@ -165,6 +173,11 @@ class Config(Settings):
                     f"groups.{whole}.sets.{name}.owner = {each.owner!r}: there are no domains; name the "
                     "feature that has them with data.domain"
                 )
+        if settings.time == "concat" and self.groups[whole].sets != 1:
+            raise ValueError(
+                f'groups.{whole}.sets: {section_of(branch)}.time = "concat" puts time beside the vectors of '
+                "one set; leave sets out, or set time to another form"
+            )
         for role, name in settings.roles.model_dump().items():
             group = self.groups.get(name)
             if group is not None and group.sets != 1:
@@ -204,6 +217,21 @@ class Config(Settings):
                 f"owner, as {where} = 4 does"
             )
 
+    def _check_content(self, branch: str, settings: BranchConfig) -> None:
+        """Raise an error if groups name vectors that there are not, or a branch lacks those it compares."""
+        for name, group in self.groups.items():
+            if group.vectors and group.vectors not in self.data.vectors:
+                known = ", ".join(self.data.vectors) or "none"
+                raise ValueError(f"groups.{name}.vectors = {group.vectors!r}: [data.vectors] has {known}")
+        roles = settings.roles
+        if settings.sequence_kind.needs_content and not (
+            self.groups[roles.attention_target].vectors and self.groups[roles.attention_behavior].vectors
+        ):
+            raise ValueError(
+                f'branch {branch!r}: sequence = "{settings.sequence}" compares contents: let both attention '
+                "roles name a group whose rows are pre-trained, see groups.<name>.vectors"
+            )
+
     def _check_data(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if the reader does not deliver what a branch works on."""
         data = self.data
@@ -221,6 +249,11 @@ class Config(Settings):
                 f'branch {branch!r}: sequence = "{settings.sequence}" must not see which behaviors a search '
                 'retrieved for a candidate; set search = "recent"'
             )
+        if cut and settings.sequence_kind.needs_stretch and not settings.newest:
+            raise ValueError(
+                f'branch {branch!r}: sequence = "{settings.sequence}" reads stretches of the history, and '
+                'data.search or data.clusters leaves gaps; set search = "recent"'
+            )
         kind = self.model.auxiliary_kind
         if cut and branch == "main" and kind is not None and kind.retrieves and not settings.newest:
             raise ValueError(
@@ -237,8 +270,12 @@ class Config(Settings):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file; see `trainer.config.toml.load_settings` for the errors."""
-    return load_settings(Config, path, overrides)
+    """Read a config file; see `trainer.config.toml.load_settings` for the errors.
+
+    What first weights are by default is filled in, so that a run keeps its own where a later version has
+    others.
+    """
+    return load_settings(Config, path, overrides).with_first_weights()
 
 
 def of_files(path: Path, overrides: Sequence[str] = ()) -> AbstractContextManager[None]:
@@ -278,7 +315,7 @@ def build_groups(
     sizes = {**rows, **{name: table.rows for name, table in config.tables.items() if table.rows}}
     sizes |= {feature: each.rows for feature, each in config.id_rules.items()}
     groups = {}
-    for name, group in config.groups.items():
+    for name, group in config.with_first_weights().groups.items():
         of_context = name in [getattr(config.model.roles, role) for role in CONTEXT_ROLES]
         allowed = (context_rows or {}) if of_context else item_rows
         own = {feature: sizes[feature] for feature in allowed}
@@ -309,7 +346,6 @@ def _build_group(
         problem = f"{sorted(stray)[0]!r}, which is no feature of the group"
         raise ConfigError(f"groups.{name}.dim gives a width for {problem}")
     optimizer = FusedOptimizer(group.optimizer, group.learning_rate, group.eps, group.max_gradient)
-    first = FirstWeights(group.init, group.init_scale)
     kinds = (group.sharding, group.kind, group.dtype, group.fusion, group.stochastic_rounding)
     sets = sets_of(name, group, tasks, domains)
     tables = tuple(
@@ -317,7 +353,16 @@ def _build_group(
         for set_, settings in sets.items()
         for feature in features
     )
-    return TableGroup(name, tables, optimizer, first, *kinds, sets=tuple(sets))
+    return TableGroup(
+        name,
+        tables,
+        optimizer,
+        group.first_weights,
+        *kinds,
+        sets=tuple(sets),
+        like=group.init_like,
+        given=bool(group.vectors),
+    )
 
 
 def _check_model(config: Config, groups: Mapping[str, TableGroup]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from embeddings.first_rows import initial_rows_, table_seed
+from embeddings.first_rows import initial_rows_
 from embeddings.groups import TableGroup
 from embeddings.lookup.sharding import table_of
 
@@ -18,4 +18,4 @@ def initialise_unsharded(model: nn.Module, groups: Mapping[str, TableGroup], see
             name = group.table_name(table)
             for parameter, weight in model.named_parameters():
                 if table_of(parameter) == name or parameter.endswith(f".{name}"):
-                    initial_rows_(weight.data, table_seed(seed, name), group.first)
+                    initial_rows_(weight.data, group.first_seed(seed, name), group.first)

@@ -177,11 +177,15 @@ def _values(entry: Mapping[str, Any]) -> str:
     if entry.get("type") == "array":
         return f"list of {_values(entry['items'])}"
     if entry.get("type") == "object":
-        if entry.get("additionalProperties") is True:
-            return "table of anything"
-        named: list[Mapping[str, Any]] = list(entry.get("patternProperties", {}).values())
-        return f"table, each {_values(named[0] if named else entry['additionalProperties'])}"
+        return _table(entry)
     return _WORDS.get(entry.get("type", ""), "see below" if entry else "anything") + _bounds(entry)
+
+
+def _table(entry: Mapping[str, Any]) -> str:
+    if entry.get("additionalProperties") is True:
+        return "table of anything"
+    named: list[Mapping[str, Any]] = list(entry.get("patternProperties", {}).values())
+    return f"table, each {_values(named[0] if named else entry['additionalProperties'])}"
 
 
 def _bounds(entry: Mapping[str, Any]) -> str:

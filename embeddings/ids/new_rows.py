@@ -9,18 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embeddings.first_rows import FirstWeights, initial_rows_at_, table_seed
+from embeddings.first_rows import FirstWeights, initial_rows_at_
 from embeddings.groups import TableGroup
 from embeddings.ids.bucket_map import Int64s
 from embeddings.lookup.touched import ShardKey, TouchedRows
 
 
 class _Shard(NamedTuple):
-    """A shard of a table on this rank; `first`: None where rows begin as zeros."""
+    """A shard of a table on this rank; `first`: None where rows begin as zeros; `seed`: of first weights."""
 
     key: ShardKey
     parts: tuple[Tensor, ...]
     first: FirstWeights | None
+    seed: int
 
 
 class NewRows:
@@ -43,17 +44,21 @@ class NewRows:
         parts: Mapping[ShardKey, Sequence[Tensor]],
         touched: TouchedRows | None = None,
     ) -> None:
-        self._seed, self._touched = seed, touched
+        self._touched = touched
         tables = {
-            group.table_name(table): (table.key, None if table.lane else group.first)
+            group.table_name(table): (
+                table.key,
+                None if table.lane else group.first,
+                group.first_seed(seed, group.table_name(table)),
+            )
             for group in groups
             for table in group.all_tables
         }
         self._shards: dict[str, list[_Shard]] = {}
         for key, tensors in parts.items():
             if key.table in tables:
-                name, first = tables[key.table]
-                self._shards.setdefault(name, []).append(_Shard(key, tuple(tensors), first))
+                name, first, of_table = tables[key.table]
+                self._shards.setdefault(name, []).append(_Shard(key, tuple(tensors), first, of_table))
 
     def begin(self, new_rows: Mapping[str, Int64s]) -> None:
         """Have rows begin anew, before the lookup of the step that gave them to new ids.
@@ -76,8 +81,7 @@ class NewRows:
         if shard.first is None:
             weights[rows] = 0
         else:
-            seed = table_seed(self._seed, key.table)
-            initial_rows_at_(weights, rows, seed, shard.first, key.row, key.column)
+            initial_rows_at_(weights, rows, shard.seed, shard.first, key.row, key.column)
         for state in states:
             state[rows.to(state.device)] = 0
         if self._touched is not None:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
-from embeddings.first_rows import initial_rows_, table_seed
+from embeddings.first_rows import initial_rows_
 from embeddings.groups import TableGroup
 from embeddings.lookup.mapped import mapped_rows
 from embeddings.lookup.rounding import AS_THEY_ARE, Comms, codecs_of
@@ -99,7 +99,7 @@ def set_first_rows(weights: Mapping[str, Any], groups: Iterable[TableGroup], see
             if table.lane:
                 part.tensor.zero_()
             else:
-                of_table = table_seed(seed, table_of(name))
+                of_table = group.first_seed(seed, table_of(name))
                 initial_rows_(part.tensor, of_table, group.first, part.row, part.column)
 
 

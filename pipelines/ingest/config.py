@@ -26,6 +26,7 @@ from pipelines.ingest.sections import (
     ItemTableConfig,
     LabelConfig,
     Name,
+    ReportConfig,
     RequestsConfig,
     SplitConfig,
     UserTableConfig,
@@ -73,6 +74,7 @@ class IngestConfig(Settings):
     vocabulary: VocabularyConfig = VocabularyConfig()
     files: FilesConfig = FilesConfig()
     engine: EngineConfig = EngineConfig()
+    report: ReportConfig = ReportConfig()
 
     @property
     def request_protocol(self) -> RequestProtocol:

@@ -29,6 +29,7 @@ from pipelines.ingest.engine import Engine, connect, count_rows
 from pipelines.ingest.events import EVENTS, IMPRESSIONS, RAW_TABLES, open_events, open_impressions
 from pipelines.ingest.exposure import check_feature
 from pipelines.ingest.files import Files, find_files
+from pipelines.ingest.history_free import history_free
 from pipelines.ingest.names import NUMBERED, agree, with_numbers
 from pipelines.ingest.numbers import NumberColumns
 from pipelines.ingest.protocols.protocol import Tables
@@ -245,6 +246,8 @@ def _write_log(
         "unused_settings": unused_settings(config),
         "predicts_alone": lone_predictors(engine, requests.offers, config),
     }
+    if without_history := history_free(engine, events, requests.offers, splits, config):
+        report["history_free"] = without_history
     return manifest.model_copy(update={"splits": splits, "report": report})
 
 

@@ -76,6 +76,7 @@ def unused_settings(config: IngestConfig) -> list[str]:
     """The settings that were given, though the protocol has no use for them."""
     protocol, given = config.request_protocol, config.requests.model_fields_set
     known = protocol.settings | _SHARED_SETTINGS
+    known |= {"popularity_days"} if protocol.draws_negatives else set()
     unused = [f"requests.{name}" for name in RequestsConfig.model_fields if name in given - known]
     other = "task" if protocol.reads_impressions else "impressions"
     unused += [other] if other in config.model_fields_set else []

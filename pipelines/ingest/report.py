@@ -12,6 +12,7 @@ from typing import Any
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.engine import Engine, count_rows
 from pipelines.ingest.exposure import exposure_lines
+from pipelines.ingest.history_free import history_free_lines
 from pipelines.ingest.numbers import number_lines
 from pipelines.ingest.protocols.protocol import Tables
 from pipelines.ingest.remarks import Span, lone_lines, remark_lines
@@ -121,7 +122,7 @@ def report_lines(manifest: LogManifest) -> list[str]:
     lines += exposure_lines(report.get("exposure", {}), _exposure_settings(manifest))
     lines += _feature_lines(manifest)
     lines += _time_lines(manifest) + remark_lines(manifest)
-    lines += lone_lines(manifest.report, manifest.features)
+    lines += lone_lines(manifest.report, manifest.features) + history_free_lines(manifest)
     lines += column_lines(manifest.columns, manifest.notes)
     return sorted(lines, key=lambda line: line.startswith("WARNING"))
 

@@ -54,7 +54,7 @@ def make_requests(
     if protocol.draws_negatives:
         past = {
             name: engine.keep(f"past_{name}", table)
-            for name, table in vars(past_events(tables.events)).items()
+            for name, table in vars(past_events(tables.events, config.requests.popularity_days)).items()
         }
         tables = replace(tables, past=Past(**past))
     users = None

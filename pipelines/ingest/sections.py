@@ -291,6 +291,9 @@ class RequestsConfig(Settings):
     """Whether a positive whose item no earlier event has is asked (`keep`) or not (`drop`). Negatives are
     items of earlier events, so that no negative is ever new. `impressions` refuses
     `drop`: its candidates are kept as shown."""
+    popularity_days: int = Field(default=0, ge=0)
+    """Negatives are drawn by how often items occur in so many days before the request; 0 = in all the time
+    before it."""
 
     @model_validator(mode="after")
     def _distances_are_distinct(self) -> Self:
@@ -383,3 +386,10 @@ class EngineConfig(Settings):
         """`memory_limit` as a number, but no more than this process may take at all."""
         # The manifest keeps the setting as it was written, so the setting itself stays text.
         return min(TypeAdapter(ByteSize).validate_python(self.memory_limit), memory_bytes())
+
+
+class ReportConfig(Settings):
+    """What an ingest measures besides. None of it changes the rows of the log."""
+
+    history_free: bool = True
+    """Whether to measure how well candidates tell their label without any history, see docs/ingest.md."""

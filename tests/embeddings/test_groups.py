@@ -145,3 +145,17 @@ def test_first_weights_differ_by_set() -> None:
         assert not (first == second).any(1).any()
     unnamed = TableGroup("g", (TableSpec("item", 9, 8),), sets=(EmbeddingSet(),))
     assert unnamed.table_name(unnamed.tables[0]) == "g__item"
+
+
+def test_a_group_may_begin_with_the_numbers_of_another() -> None:
+    tables = tuple(TableSpec(name, 50, 8) for name in ("item", "category"))
+    query = TableGroup("query", tables)
+    key = TableGroup("key", tables, first=FirstWeights("uniform", 0.1), like="query")
+    for table in tables:
+        seeds = [group.first_seed(5, group.table_name(table)) for group in (query, key)]
+        first, like = (
+            initial_rows_(torch.empty(50, 8), seed, group.first)
+            for seed, group in zip(seeds, (query, key), strict=True)
+        )
+        torch.testing.assert_close(like, first * 2)
+    assert len({query.first_seed(5, query.table_name(table)) for table in tables}) == 2

@@ -14,7 +14,7 @@ from embeddings.lookup.jagged import one_id_bags
 from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.launching import ROOT
 from tests.helpers.logs import Shape, random_rows, write_log
-from tests.helpers.presets import renamed
+from tests.helpers.presets import fill_given, renamed
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
 from trainer.config.tasks import resolve_tasks
 from trainer.data.batch import RequestBatch
@@ -114,6 +114,7 @@ def model_of(config: Config) -> TwoStageModel:
     numbers = count_numbers(config, manifest.numeric)
     model = build_model(config, groups, collections, resolve_tasks(config.tasks, manifest.tasks), numbers)
     initialise_unsharded(model, groups, config.train.seed)
+    fill_given(model, groups, config)
     rng = drawing(3)
     for name, parameter in model.named_parameters():
         if not name.startswith("collections.") and (parameter == 0).all():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from embeddings.errors import ConfigError, DataError
-from pipelines.cluster import behavior_vectors, cluster
+from pipelines.cluster import behavior_vectors, cluster, grouping_feature
 from tests.helpers.launching import tandemrec, train
 from tests.helpers.logs import Shape, random_rows, write_log
 from trainer.config.sections import DataConfig
@@ -18,7 +18,7 @@ from trainer.data.batch import Sizes
 from trainer.data.reader import SequenceLogReader
 from trainer.data.rows import Columns, read_rows
 from trainer.log.clusters import ClusterInfo, cluster_history
-from trainer.log.schema import read_manifest
+from trainer.log.schema import FeatureInfo, read_manifest
 from trainer.model.windows import windows_of
 from trainer.run_config import Config
 from trainer.snapshot import load_snapshot
@@ -118,6 +118,30 @@ def test_clusters_must_be_there_and_fit(made: tuple[Path, Path, Path], tmp_path:
     ):
         with pytest.raises(ValueError, match=message):
             Config.model_validate(change)
+
+
+def test_histories_are_grouped_by_the_feature_of_the_fewest_values_unless_said_otherwise(
+    made: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, snapshot, _ = made
+    done = tandemrec(
+        "cluster", "--log", str(log), "--snapshot", str(snapshot), "--out", str(tmp_path / "out")
+    )
+    assert done.returncode == 0 and "grouped by category_id -> " in done.stdout
+    manifest = read_manifest(log)
+    assert grouping_feature(manifest, "coarsest", log) == "category_id"
+    assert grouping_feature(manifest, "none", log) == grouping_feature(manifest, "", log) == ""
+    assert grouping_feature(manifest, "item_id", log) == "item_id"
+    few = {**manifest.features, "action": FeatureInfo(rows=3, side="history")}
+    unfit = {"listed": FeatureInfo(rows=2, multi=True), "hidden": FeatureInfo(rows=2, side="candidate")}
+    assert (
+        grouping_feature(manifest.model_copy(update={"features": {**few, **unfit}}), "coarsest", log)
+        == "action"
+    )
+    items = {"item_id": manifest.features["item_id"]}
+    assert grouping_feature(manifest.model_copy(update={"features": items}), "coarsest", log) == ""
+    assert cluster(log, snapshot, tmp_path / "none", INFO.model_copy(update={"group_by": ""})).clusters
+    assert "not grouped by any feature" in capsys.readouterr().out
 
 
 def test_recent_behaviors_stay_beside_a_hard_search(made: tuple[Path, Path, Path]) -> None:

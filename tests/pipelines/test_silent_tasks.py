@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipelines.evaluate import evaluate
 from pipelines.export import export
 from tests.helpers.launching import SETTINGS, overrides
 from tests.helpers.logs import Row, Shape, enrich, random_rows, write_log
+from trainer.quality.history_free import history_free_entry, history_free_line
 from trainer.ranks.process_group import process_group
 from trainer.run_config import load_config
 
@@ -31,7 +33,12 @@ def test_a_task_without_a_label_in_a_split_is_said_once(
     tasks: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     splits = {"train": rows(1, True), "validation": rows(2, False), "test": rows(3, False)}
-    log = write_log(tmp_path / "log", splits, rich=True, partial=["buy"])
+    free = {"task": "click", "id_order": None}
+    free |= {
+        name: {"test": value} for name, value in (("auc", 0.53), ("popularity", 0.49), ("candidates", 9))
+    }
+    report = {"history_free": free}
+    log = write_log(tmp_path / "log", splits, rich=True, partial=["buy"], report=report)
     words = {k: v for k, v in SETTINGS.items() if k != "model.hidden"}
     words |= {"data.log": str(log), "train.max_steps": 2, "data.domain": "city"}
     words |= {f"tasks.{task}.label": TASKS[task] for task in tasks}
@@ -46,6 +53,10 @@ def test_a_task_without_a_label_in_a_split_is_said_once(
     said = capfd.readouterr().out
     assert said.count(f"test, buy: all metrics are empty, since {reason}") == 1 and "nan" not in said
     lines = [line.split() for line in said.splitlines() if re.search(r"\bbuy\b", line)]
+    # What ingest measured of this split stands below the tables, and in the summary.
+    assert history_free_line("test", report)[0] in said.splitlines()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test_history_free"] == history_free_entry("test", report) != {}
     several = len(tasks) > 2
     # Besides the sentence there is only the line of the table of tasks.
     assert len(lines) == (2 if several else 1) and (not several or lines[0][:3] == ["buy", "0", "0"])

@@ -13,7 +13,7 @@ from benchmarks.inputs.tables import initialise_unsharded
 from embeddings.lookup.plain import PlainBagCollection
 from tests.helpers.launching import launched
 from tests.helpers.logs import Shape, random_rows, write_log
-from tests.helpers.presets import PRESETS, of_tasks
+from tests.helpers.presets import PRESETS, fill_given, of_tasks
 from tests.programs.preset_steps import STEPS, small_config
 from trainer.assemble import build_model, count_numbers, feature_rows, resolve_groups
 from trainer.config.tasks import resolve_tasks
@@ -82,6 +82,7 @@ def model_of(config: Config, log: Path) -> tuple[TwoStageModel, dict[str, int]]:
     tasks = resolve_tasks(config.tasks, manifest.tasks)
     model = build_model(config, groups, collections, tasks, count_numbers(config, manifest.numeric))
     initialise_unsharded(model, groups, config.train.seed)
+    fill_given(model, groups, config)
     rng = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if not name.startswith("collections.") and (parameter == 0).all():

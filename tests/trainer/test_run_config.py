@@ -30,7 +30,7 @@ def test_presets_load_and_resolve(preset: str) -> None:
     groups = build_groups(config, rows)
     named = set().union(*(branch.roles.used() for branch in config.model.all_branches().values()))
     assert named == set(groups)
-    assert all(group.features == list(rows) for group in groups.values())
+    assert all(group.features == list(rows) for group in groups.values() if not group.given)
     again = Config.model_validate(config.model_dump(mode="json"))
     assert again == config
 
@@ -59,6 +59,7 @@ def test_dare_and_twin_differ_in_their_groups_only() -> None:
             "model.roles.attention_target=other",
             "names group 'other'; defined groups: attention, representation",
         ),
+        ("groups.attention.init_like=other", "init_like = 'other' is no other group: representation"),
         ("groups.spare.dim=4", "group 'spare' serves no role"),
         ("data.history_length", "write it as section.key=value"),
         ("data.log.x=1", "'log' is a value, not a section"),
@@ -239,3 +240,18 @@ def test_rows_and_widths_follow_log_and_config() -> None:
     groups = build_groups(Config.model_validate(tree), ROWS)
     assert groups["attention"].widths() == (8, 4) and groups["attention"].width == 12
     assert [table.rows for table in groups["representation"].tables] == [1000, 10]
+
+
+def test_first_weights_follow_what_a_group_is_for_unless_they_are_given() -> None:
+    def first(name: str, *overrides: str) -> dict[str, tuple[str | None, float | None]]:
+        groups = load_config(CONFIGS / f"{name}.toml", overrides).groups
+        return {group: (settings.init, settings.init_scale) for group, settings in groups.items()}
+
+    assert first("dare") == {"attention": ("normal", 0.25), "representation": ("uniform", 0.05)}
+    assert first("twin") == {"shared": ("normal", 0.25)}
+    assert first("dsi_tin") == {"timely": ("uniform", 0.05), "content": ("normal", 0.25)}
+    assert first("twin", "groups.shared.init_scale=0.5") == {"shared": ("uniform", 0.5)}
+    assert first("twin", "groups.shared.init=normal", "groups.shared.init_scale=1.0") == {
+        "shared": ("normal", 1)
+    }
+    assert first("twin", "groups.shared.init=uniform") == {"shared": ("uniform", 0.05)}

@@ -14,6 +14,7 @@ from embeddings.ids.frozen import FrozenIds
 from trainer.assemble import ShardedModel, build_sharded, id_bounds
 from trainer.checkpoint import save_load as checkpoint
 from trainer.checkpoint.averages import Weights, averaged_weights, steps_missing
+from trainer.checkpoint.history_length import at_length
 from trainer.checkpoint.id_files import frozen_ids
 from trainer.checkpoint.tensors import TensorReader
 from trainer.log.schema import LogManifest, read_manifest
@@ -56,17 +57,22 @@ class RestoredModel:
         return id_bounds(self.sharded.groups, self.config)
 
 
-def restore(folder: RunFolder, ranks: Ranks, which: str = "", weights: Weights = "raw") -> RestoredModel:
+def restore(
+    folder: RunFolder, ranks: Ranks, which: str = "", weights: Weights = "raw", history_length: int = 0
+) -> RestoredModel:
     """Load a checkpoint that verifies; collective over all ranks.
 
     Args:
         which: see `trainer.checkpoint.save_load.find_to_use`; weights: those that are wanted.
+        history_length: L, 0 = that of the run.
 
     Raises:
-        ConfigError: no run there. CheckpointError: it has no usable checkpoint, or no averages.
+        ConfigError: no run there, or its weights have one history length alone. CheckpointError: it has no
+            usable checkpoint, or no averages.
     """
     config = folder.read_config()
     manifest = read_manifest(config.data.log)
+    config = at_length(config, manifest, history_length)
     found = checkpoint.find_to_use(folder.checkpoints, which)
     assert found.path is not None
     for line in found.lines if ranks.speaks else []:

@@ -33,8 +33,8 @@ class RolesConfig(Settings):
     representation_behavior: str = "representation"
     """The group whose vectors of behaviors are pooled."""
     cross: str = ""
-    """A group over features of behaviors alone. Its vectors become one additive score each (TWIN's cross
-    features). Empty means none."""
+    """A group over features of behaviors alone (TWIN's cross features). Its vectors become one additive
+    score each, or a part of the values, see `cross_in`. Empty means none."""
     context: str = ""
     """A group over the log's context features. Its vectors go to the head. Empty means none."""
     prior: str = ""
@@ -61,6 +61,9 @@ class BranchKeys(Settings):
     (DIN)."""
     score_hidden: Width = 36
     """The width of the hidden layer of `score = "mlp"`."""
+    temperature: float = Field(1.0, gt=0)
+    """What the products of `score = "dot"` are divided by, besides the root of a head's width. What time and
+    cross features add is not divided."""
     weights: Literal["softmax", "sigmoid"] = "softmax"
     """How scores become weights of the kept behaviors: by `softmax`, or by `sigmoid` without
     normalisation."""
@@ -73,18 +76,23 @@ class BranchKeys(Settings):
     """Whether the time from a behavior to the request, in logarithmic buckets, is used."""
     level: bool = False
     """Whether the level is used at which a hard search while reading matched."""
-    time: Literal["bias", "encoding"] = "bias"
-    """How position, age and level enter scores: as an additive `bias`, or as an `encoding` of both vectors
-    (TIN)."""
+    time: Literal["bias", "encoding", "concat"] = "bias"
+    """How position, age and level enter scores: as an additive `bias`, or as an `encoding` that is added to
+    both vectors (TIN). Values then use encodings. `concat` gives vectors of `time_dim` to each of them, which
+    stand beside those of the features in scores and in values (DARE's code)."""
     time_in: tuple[Literal["scores", "values"], ...] = ("scores", "values")
-    """The stages that use position, age and level. Values always use encodings."""
+    """The stages that use position, age and level."""
+    time_tables: Literal["stage", "group"] = "stage"
+    """Who has tables of position, age and level. With `stage` scores have some and values have others. With
+    `group` what one table group serves has the same: where one group serves all four roles, scores and
+    values read one table (TIN); with `concat` each group has its own (DARE's code)."""
     time_target: Literal["shared", "target", "joint"] = "shared"
     """Whether time is `shared` by all candidates, or decoupled by the candidate's `time_group` feature:
     `target` (TdPE, of rank `time_dim` in scores) or `joint` (dPE)."""
     time_group: str = ""
     """The feature of candidates that groups them in time, see `time_target` and `sasrec`."""
     time_dim: Width = 16
-    """The width of a time's own vector in scores, see `time_target`."""
+    """The width of a time's own vector, in scores (see `time_target`) or with `time = "concat"`."""
     attend: tuple[str, ...] | None = None
     """The features whose vectors are scored, in order. Not set means all features of the group, empty means
     none."""
@@ -96,12 +104,17 @@ class BranchKeys(Settings):
     head_dim: Width = 16
     """The width of an attention head, or of the vectors that `soft` searches by."""
     layers: int = Field(2, ge=1, le=128)
-    """The orders of `stacked`, or the blocks of `sasrec`."""
+    """The orders of `stacked`, the blocks of `sasrec`, or the layers of `stca` and `longer`."""
+    expansion: int = Field(2, ge=1, le=64)
+    """The hidden width of the feed-forward networks of `stca` and `longer`, in multiples of their width."""
     hash_bits: int = Field(3, ge=1, le=4096)
     """The bits of one signature of `collision`, or all bits that `simhash` compares."""
     attention_owner: str = ""
     """The task whose loss alone trains the attention weights of the kept behaviors, and so the attention's
     tables. The other tasks read the weights without gradient. Empty means that all tasks train them."""
+    cross_in: tuple[Literal["scores", "values"], ...] = ("scores",)
+    """The stages that use the cross features of `roles.cross`. In values their vectors stand beside those of
+    the representation and pass the maps of the heads with them (TWIN, section 4.3)."""
     roles: RolesConfig = RolesConfig()
     """The table groups that serve the model, see [model.roles]."""
 

@@ -3,7 +3,7 @@ their similarities."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -93,11 +93,15 @@ def problems_of_similarity(
 
 
 def without_effect(
-    vectors: Mapping[str, VectorsConfig], similarities: Mapping[str, SimilarityConfig]
+    vectors: Mapping[str, VectorsConfig],
+    similarities: Mapping[str, SimilarityConfig],
+    of_groups: Collection[str] = (),
 ) -> list[str]:
-    """The settings that nothing looks at, with the reason."""
-    read = {name for each in similarities.values() for name in (each.of, each.to)}
-    unused = [f"data.vectors.{name} (no similarity names it)" for name in vectors if name not in read]
+    """The settings that nothing looks at, with the reason; `of_groups`: vectors that are rows of tables."""
+    read = {*of_groups} | {name for each in similarities.values() for name in (each.of, each.to)}
+    unused = [
+        f"data.vectors.{name} (no similarity and no group names it)" for name in vectors if name not in read
+    ]
     for name, each in similarities.items():
         tiers = each.statistic == "histogram"
         keys = [] if each.statistic == "top" else ["top"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, StringConstraints, model_validator
 
+from embeddings.first_rows import FIRST_SCALES, FirstWeights
 from embeddings.optimizers import ROW_OPTIMIZERS, known_optimizer
 from embeddings.plan.bandwidths import KNOWN, Bandwidths
 from embeddings.plan.request import PlanRules, TableRule
@@ -62,16 +64,27 @@ class GroupConfig(Settings):
     them. `tasks` means one shared set, and one for each task, which that task owns (STEM), with
     `model.head = "experts"`. A table names the sets one by one, see
     [groups.<name>.sets.<name>]."""
+    vectors: str = ""
+    """A name of [data.vectors]: the pre-trained vectors that are the rows of this group's one table, at
+    length 1 and of width `dim`. Nothing trains them. Empty means that rows are trained."""
     optimizer: RowOptimizerName = "rowwise_adagrad"
     """The optimizer of the rows, which the backward pass updates (see docs/tables.md)."""
     learning_rate: float = Field(0.05, gt=0)
     """The learning rate of the rows, before any schedule."""
     eps: float = Field(1e-8, gt=0)
     """The number that is added to the root of the optimizer's accumulator."""
-    init: Literal["uniform", "normal"] = "uniform"
-    """The distribution of the first weights: `uniform` in [-init_scale, init_scale), or `normal`."""
-    init_scale: float = Field(0.05, gt=0)
-    """Half the width of `uniform` first weights, and the standard deviation of `normal` ones."""
+    init: Literal["uniform", "normal"] | None = None
+    """The distribution of the first weights: `uniform` in [-init_scale, init_scale), or `normal`. If neither
+    this key nor `init_scale` is set, groups whose vectors are scored begin with `normal` and 0.25, so that
+    equal ids score higher than others before anything is learned, and all others with `uniform` and 0.05
+    (docs/training.md). If `init_scale` alone is set, the distribution is `uniform`."""
+    init_scale: float | None = Field(None, gt=0)
+    """Half the width of `uniform` first weights, and the standard deviation of `normal` ones. Not set means
+    0.05 for `uniform` and 0.25 for `normal`."""
+    init_like: str = ""
+    """Another group, with whose random numbers the tables of this group begin, feature by feature. Where one
+    serves candidates and the other behaviors, both have the same vector of an id before anything is learned
+    (docs/training.md). Empty means numbers of its own."""
     max_gradient: float = Field(0.0, ge=0)
     """The bound on every element of the gradient of every bag. 0 means no bound."""
     sharding: tuple[ShardingName, ...] = ()
@@ -83,6 +96,18 @@ class GroupConfig(Settings):
     stochastic_rounding: bool | None = None
     """How updated fp16 rows are rounded on a GPU. `true` rounds at random to one of the two nearest numbers,
     so that small updates are not lost; `false` rounds to the nearest, as on a CPU. Not set means `true`."""
+
+    @property
+    def first_weights(self) -> FirstWeights:
+        """The distribution of the first weights, see `with_first_weights`."""
+        kind = self.init or "uniform"
+        return FirstWeights(kind, self.init_scale or FIRST_SCALES[kind])
+
+    def with_first_weights(self, scored: bool) -> GroupConfig:
+        """The same with `init` and `init_scale` as if they had been given; `scored`: its vectors are."""
+        kind = self.init or ("normal" if scored and self.init_scale is None else "uniform")
+        scale = self.init_scale or FIRST_SCALES[kind]
+        return self.model_copy(update={"init": kind, "init_scale": scale})
 
     @model_validator(mode="before")
     @classmethod
@@ -98,6 +123,11 @@ class GroupConfig(Settings):
 
     @model_validator(mode="after")
     def _check_together(self) -> GroupConfig:
+        if self.vectors and (len(self.features) != 1 or self.sets != 1 or self.dtype != "fp32"):
+            raise ValueError(
+                "vectors are the rows of one table: name the one feature that has them, without sets, with "
+                'dtype = "fp32", in which their products are exact'
+            )
         if self.sets == {}:
             raise ValueError("sets names no set: give one or more, or a number")
         if self.kind == "sequence" and self.sets != 1:
@@ -121,6 +151,15 @@ class GroupConfig(Settings):
                 "that they round to nearest; use another sharding"
             )
         return self
+
+
+def against_init_like(groups: Mapping[str, GroupConfig]) -> Iterator[str]:
+    """What is wrong with the groups that `init_like` names."""
+    for name, group in groups.items():
+        others = sorted(set(groups) - {name})
+        if group.init_like and group.init_like not in others:
+            there = ", ".join(others) or "there is none"
+            yield f"groups.{name}.init_like = {group.init_like!r} is no other group: {there}"
 
 
 class TableConfig(Settings):

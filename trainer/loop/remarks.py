@@ -216,7 +216,9 @@ def _of_rest(config: Config) -> list[str]:
         ]
     elif search.domain_minimum and not search.domain:
         unused.append("data.search.domain_minimum (data.search.domain is empty)")
-    unused += without_effect(data.vectors, data.similarity)
+    unused += without_effect(
+        data.vectors, data.similarity, {group.vectors for group in config.groups.values()}
+    )
     if data.recent and not (search.levels or data.clusters):
         unused.append(f"data.recent = {data.recent} (neither data.search nor data.clusters cuts the history)")
     if data.order == "stored" and _changed(data, "shuffle_row_groups"):

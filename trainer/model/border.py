@@ -93,7 +93,7 @@ class Lookups(nn.Module):
         groups: by name; each says in what order its features come and whether they are added up.
 
     Attributes:
-        frozen: groups whose tables stay as they are: no gradient reaches them.
+        frozen: groups whose tables stay as they are for a while: no gradient reaches them.
     """
 
     def __init__(self, groups: Mapping[str, TableGroup]) -> None:
@@ -101,6 +101,10 @@ class Lookups(nn.Module):
         self.groups = dict(groups)
         self.frozen: frozenset[str] = frozenset()
         self._cuts: list[Cut] | None = None
+
+    def stays(self, name: str) -> bool:
+        """Whether no gradient reaches a group: it is frozen, or its rows are given."""
+        return name in self.frozen or self.groups[name].given
 
     @contextmanager
     def cut(self) -> Iterator[list[Cut]]:
@@ -122,7 +126,7 @@ class Lookups(nn.Module):
             group = self.groups[name]
             inside, lanes = group.fuse_lanes(vectors_in_order(keyed, group.keys))
             vectors[name] = group.add_lanes(inside, lanes)
-            if name in self.frozen:
+            if self.stays(name):
                 vectors[name] = vectors[name].detach()
             elif self._cuts is not None and torch.is_grad_enabled():
                 outside = vectors[name].detach().requires_grad_()

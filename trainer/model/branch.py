@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -67,7 +67,9 @@ class Branch(nn.Module):
         attention_width: of the attended columns of the attention vectors.
         widths: set -> D, in the order in which vectors lie side by side; owners: set -> who trains it;
             shared_sets: those that no task and no domain owns.
-        scorer, search: None where the sequence model works on windows; cross: None without cross features.
+        scorer, search: None where the sequence model works on windows; cross: None without cross features
+            in scores; cross_values: whether values have some.
+        times: tables that roles share, where `time = "concat"`.
         columns: the attended columns of the attention vectors; None = all.
         experts: stage two, who reads what stage one keeps.
     """
@@ -93,15 +95,26 @@ class Branch(nn.Module):
         if settings.searches:
             self.scorer = build_scorer(settings, sizes)
             self.search = settings.search_kind.build(settings, sizes)
-        cross = settings.roles.cross
-        self.cross = CrossBias(dimensions.groups[cross].widths()) if cross else None
+        self._score_times = [t for n, t in sizes.time_vectors.items() if n not in sizes.time_owners("values")]
+        if sizes.time_vectors:
+            self.times = nn.ModuleDict(sizes.time_vectors)
+        scored = settings.roles.cross if "scores" in settings.cross_in else ""
+        self.cross = CrossBias(dimensions.groups[scored].widths()) if scored else None
+        self.cross_values = sizes.cross_values > 0
         groups = roles.representation_target, roles.representation_behavior
         self.experts = [Expert(models[name], *groups, name, width) for name, width in self.widths.items()]
 
     @property
     def of_attention(self) -> list[nn.Module]:
         """What makes scores, of both stages, and nothing else."""
-        return [each for each in (self.scorer, self.search, self.cross) if each is not None]
+        made = [each for each in (self.scorer, self.search, self.cross) if each is not None]
+        return [*made, *self._score_times]
+
+    @property
+    def shared_widths(self) -> tuple[int, int]:
+        """D of the shared sets together, and the width of all that their experts make."""
+        shared = [expert for expert in self.experts if expert.set in self.shared_sets]
+        return sum(each.width for each in shared), sum(each.sequence.output_width for each in shared)
 
     def retrieve(
         self,
@@ -179,6 +192,8 @@ class Branch(nn.Module):
                 found |= maker.of_behaviors(key_ND)
         if self.cross is not None:
             found["cross"] = self.cross(vectors[roles.cross])
+        if self.cross_values:
+            found["beside"] = vectors[roles.cross]
         return found
 
     @property
@@ -205,12 +220,14 @@ class Branch(nn.Module):
         group_C = torch.zeros_like(batch.candidate_request)
         if self.settings.time_group:
             group_C = first_ids(batch, self.settings.time_group)[1]
-        cross_N = None
-        if self.cross is not None:
-            cross_N = (
-                self.cross(at_least_one_row(vectors[roles.cross][:n])) if known is None else known["cross"]
-            )
-        return AttentionVectors(query_CD, key_ND, group_C, cross_N, known)
+        cross_N = beside_ND = None
+        if known is not None:
+            cross_N, beside_ND = known.get("cross"), known.get("beside")
+        elif roles.cross:
+            cross_ND = at_least_one_row(vectors[roles.cross][:n])
+            cross_N = None if self.cross is None else self.cross(cross_ND)
+            beside_ND = cross_ND if self.cross_values else None
+        return AttentionVectors(query_CD, key_ND, group_C, cross_N, known, beside_ND)
 
     def _attended(self, vector_ND: Tensor) -> Tensor:
         """The attended columns."""
@@ -242,3 +259,23 @@ class CrossBias(nn.Module):
 def at_least_one_row(vector_ND: Tensor) -> Tensor:
     """A zero row where there is none, so that padding has something to point at."""
     return vector_ND if vector_ND.shape[0] else F.pad(vector_ND, (0, 0, 0, 1))
+
+
+def representation_of(branch: Branch) -> list[str]:
+    """Groups that a branch's experts read."""
+    return [group for expert in branch.experts for group in (expert.target, expert.behavior)]
+
+
+def first_and_late(full: bool, branches: Iterable[Branch]) -> tuple[list[str], list[str]]:
+    """Groups looked up for all behaviors and candidates before the search, and those looked up after it.
+
+    `full`: groups of the representation are of the first kind too.
+    """
+    first, late = [], []
+    for branch in branches:
+        roles = branch.settings.roles
+        first += [roles.attention_target, roles.attention_behavior] if branch.settings.attend != () else []
+        first += [roles.cross] if roles.cross else []
+        late += representation_of(branch)
+    first = list(dict.fromkeys(first + late if full else first))
+    return first, [name for name in dict.fromkeys(late) if name not in first]

@@ -11,7 +11,7 @@ collections, and looks into no tensor. The trace does not enter those modules; a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from itertools import chain
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from trainer.config.model import RolesConfig
 from trainer.config.tasks import Task
 from trainer.data.batch import RequestBatch
 from trainer.model.border import Lookups
-from trainer.model.branch import Branch, Reading, at_least_one_row
+from trainer.model.branch import Branch, Reading, at_least_one_row, first_and_late, representation_of
 from trainer.model.heads.auxiliary import AuxiliarySizes
 from trainer.model.heads.head import HeadInput, HeadOutput, HeadSizes
 from trainer.model.heads.owned import OwnedAttention
@@ -85,7 +85,7 @@ class Branches(nn.ModuleDict):
     Attributes:
         few: of so many behaviors of a batch all are looked up again, whether kept or not: a server sets it,
             for which to find the kept ones costs more than to ask for the others.
-        ages: whether any branch reads ages of behaviors.
+        ages, seconds: whether any branch reads ages of behaviors, by buckets and to the second.
     """
 
     def __init__(
@@ -100,7 +100,8 @@ class Branches(nn.ModuleDict):
         self.history_length, self.selects, self.alone, self.pads = history_length, selects, alone, pads
         self.few = 0
         self._named = dict(branches)
-        self.ages = any(branch.settings.age for branch in branches.values())
+        self.seconds = any(branch.settings.sequence_kind.needs_seconds for branch in branches.values())
+        self.ages = self.seconds or any(branch.settings.age for branch in branches.values())
 
     def named(self) -> Mapping[str, Branch]:
         """Name -> branch."""
@@ -115,7 +116,7 @@ class Branches(nn.ModuleDict):
         for name, branch in self.named().items():
             looks_at = branch.settings.newest, branch.settings.clusters
             if looks_at not in windows:
-                windows[looks_at] = windows_of(batch, self.history_length, *looks_at, self.ages)
+                windows[looks_at] = windows_of(batch, self.history_length, *looks_at, self.ages, self.seconds)
             of_branch = None if known is None else known.of_branch[name]
             retrievals[name] = branch.retrieve(batch, vectors, windows[looks_at], of_branch)
         device, one_id = batch.behavior_time.device, batch.host_sizes.one_id
@@ -273,8 +274,7 @@ class TwoStageModel(nn.Module):
         self.auxiliary = None
         if config.auxiliary_kind is not None:
             main = branches["main"]
-            shared = sum(main.widths[name] for name in main.shared_sets)
-            sizes = AuxiliarySizes(shared, main.attention_width, [task.name for task in towers])
+            sizes = AuxiliarySizes(*main.shared_widths, main.attention_width, [task.name for task in towers])
             self.auxiliary = config.auxiliary_kind.build(config, sizes)
         if config.dense_init == "normal":
             # Everything dense without "bias" in its name, scales and slopes too (DARE's code).
@@ -356,7 +356,7 @@ class TwoStageModel(nn.Module):
 
     def look_up(self, name: str, bags: KeyedJaggedTensor) -> KeyedTensor:
         """What the collection of a group gives; of a frozen group without a graph, as its rows stay."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.lookups.frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.lookups.stays(name)):
             return self.collections[name](bags)
 
 
@@ -384,23 +384,3 @@ def head_sizes(
         prior + prior_context,
         dimensions.domains,
     )
-
-
-def representation_of(branch: Branch) -> list[str]:
-    """Groups that a branch's experts read."""
-    return [group for expert in branch.experts for group in (expert.target, expert.behavior)]
-
-
-def first_and_late(full: bool, branches: Iterable[Branch]) -> tuple[list[str], list[str]]:
-    """Groups looked up for all behaviors and candidates before the search, and those looked up after it.
-
-    `full`: groups of the representation are of the first kind too.
-    """
-    first, late = [], []
-    for branch in branches:
-        roles = branch.settings.roles
-        first += [roles.attention_target, roles.attention_behavior] if branch.settings.attend != () else []
-        first += [roles.cross] if roles.cross else []
-        late += representation_of(branch)
-    first = list(dict.fromkeys(first + late if full else first))
-    return first, [name for name in dict.fromkeys(late) if name not in first]

@@ -24,10 +24,15 @@ from trainer.model.heads.experts import ExpertsHead
 from trainer.model.heads.head import DotHead, Head, MlpHead
 from trainer.model.heads.retrieval import RetrievalHead
 from trainer.model.read.collision import HashCollision
+from trainer.model.read.hstu import Hstu
+from trainer.model.read.longer import MergedTokens
+from trainer.model.read.muse import Muse
 from trainer.model.read.sasrec import TargetDecoupledSasrec
 from trainer.model.read.sequence import SequenceModel
 from trainer.model.read.stacked import StackedTin
+from trainer.model.read.stca import TargetToHistory
 from trainer.model.read.target_attention import TargetAttention
+from trainer.model.read.vista import Vista
 from trainer.model.retrieve.all import AllSearch, RecentSearch
 from trainer.model.retrieve.dot import DotSearch, SoftSearch
 from trainer.model.retrieve.hard import HardSearch
@@ -48,6 +53,11 @@ SEQUENCES: dict[str, type[SequenceModel]] = {
     "stacked": StackedTin,
     "collision": HashCollision,
     "sasrec": TargetDecoupledSasrec,
+    "stca": TargetToHistory,
+    "longer": MergedTokens,
+    "hstu": Hstu,
+    "vista": Vista,
+    "muse": Muse,
 }
 """The sequence models, by their names in `model.sequence`."""
 HEADS: dict[str, type[Head]] = {
@@ -101,7 +111,15 @@ class BranchConfig(_BranchKeys):
     sequence: _Sequence = "attention"
     """The sequence model of stage two. `attention` sums the kept behaviors by their weights. `stacked` is
     Stacked TIN with `layers` orders. `collision` is SDIM with `hashes` signatures of `hash_bits`, and has no
-    search. `sasrec` is a target-decoupled SASRec of `layers` blocks, and has no search."""
+    search. `sasrec` is a target-decoupled SASRec of `layers` blocks, and has no search. `stca` has the
+    candidate attend to its whole window in `layers` layers, without attention among behaviors. `longer`
+    merges each `merge` neighbors into a token; candidate and newest tokens attend to all tokens. Neither of
+    the two searches. `hstu` is gated pointwise attention of `layers` layers among behaviors and of the
+    candidate to them, with `heads` of `head_dim`; its cost is quadratic in the behaviors, so
+    `search = "recent"` lets it look at the newest `k`.
+    `vista` summarises the window in `seeds` tokens by `layers` layers of quasi-linear attention, whoever the
+    candidates are, and a candidate attends to these tokens alone. `muse` mixes the score of ids with the
+    cosine of pre-trained contents and gives the head a histogram of these cosines."""
 
     @property
     def search_kind(self) -> type[Search]:
@@ -117,6 +135,15 @@ class BranchConfig(_BranchKeys):
     def searches(self) -> bool:
         """Whether there is a stage one at all."""
         return not self.sequence_kind.on_windows
+
+    @property
+    def scored_groups(self) -> set[str]:
+        """The groups whose vectors are scored; none where time alone is."""
+        roles = self.roles
+        scored = set() if self.attend == () else {roles.attention_target, roles.attention_behavior}
+        if self.sequence_kind.scores_values:
+            scored |= {roles.representation_target, roles.representation_behavior}
+        return scored
 
     @property
     def newest(self) -> int:
@@ -141,9 +168,12 @@ class BranchConfig(_BranchKeys):
         marks = self.position or self.age or self.level
         uses = {
             "score_hidden": self.score == "mlp",
+            "temperature": self.searches and self.score == "dot" and self.attend != (),
             "heads": self.projection == "heads",
             "head_dim": self.projection == "heads",
-            "time_dim": self.time_target == "target" and self.time == "bias" and marks,
+            "time_dim": marks
+            and (self.time == "concat" or (self.time_target == "target" and self.time == "bias")),
+            "time_tables": marks,
             "time_group": self.time_target != "shared",
             "attention_owner": self.searches,
         }
@@ -167,6 +197,12 @@ class BranchConfig(_BranchKeys):
             f'time_target = "{self.time_target}" needs time_group, a feature of candidates': (
                 self.time_target != "shared" and not self.time_group
             ),
+            **self._time_problems(),
+            'cross_in with "values" needs sequence = "attention" with several heads, whose maps they pass': (
+                bool(self.roles.cross)
+                and "values" in self.cross_in
+                and (not self.sequence_kind.takes_cross or self.heads == 1)
+            ),
             'heads > 1 needs projection = "heads"': (
                 self.heads > 1 and self.projection != "heads" and "heads" not in self.sequence_kind.uses
             ),
@@ -181,6 +217,24 @@ class BranchConfig(_BranchKeys):
         }
         _refuse(problems)
         return self
+
+    def _time_problems(self) -> dict[str, bool]:
+        """What is wrong with how time is encoded."""
+        kinds = _names(SEQUENCES, "takes_columns", True)
+        return {
+            f'time = "concat" goes with sequence = {kinds}: the others add encodings': (
+                self.time == "concat" and not self.sequence_kind.takes_columns
+            ),
+            'time = "concat" takes time_target = "shared"': (
+                self.time == "concat" and self.time_target != "shared"
+            ),
+            'time_tables = "group" with time = "encoding" scores whole vectors: leave out attend': (
+                self.time == "encoding"
+                and self.time_tables == "group"
+                and set(self.time_in) == {"scores", "values"}
+                and self.attend is not None
+            ),
+        }
 
 
 class ModelConfig(BranchConfig, _ModelKeys):
@@ -297,7 +351,8 @@ HEAD_KEYS = [
 # Keys of a branch that only some kinds look at.
 _KINDS: list[type[Search] | type[SequenceModel]] = [*SEARCHES.values(), *SEQUENCES.values()]
 CONDITIONAL_KEYS = set[str]().union(*(_keys_of(kind) for kind in _KINDS))
-CONDITIONAL_KEYS |= {"score_hidden", "heads", "head_dim", "time_dim", "time_group", "attention_owner"}
+CONDITIONAL_KEYS |= {"score_hidden", "temperature", "heads", "head_dim", "attention_owner"}
+CONDITIONAL_KEYS |= {"time_dim", "time_group", "time_tables"}
 
 
 def _names(table: Mapping[str, Any], fact: str, value: bool) -> str:

@@ -85,7 +85,7 @@ def group_rows(mark: Tensor, group_C: Tensor, rows: int) -> Tensor:
     return group_C[:, None] * rows + mark
 
 
-class _MarkTables(nn.Module):
+class MarkTables(nn.Module):
     """One table a mark, of `rows[mark]` rows; what is in them is the subclass's."""
 
     def __init__(self, rows: Mapping[str, int], form: Form, groups: int) -> None:
@@ -93,7 +93,7 @@ class _MarkTables(nn.Module):
         self.rows, self.form, self.groups = dict(rows), form, groups
 
 
-class TimeBias(_MarkTables):
+class TimeBias(MarkTables):
     """Additive score of a behavior's marks.
 
     shared: b[mark]. As the target's time id is constant, the time part of DARE's score,
@@ -125,8 +125,25 @@ class TimeBias(_MarkTables):
         """Bias that is the same for all targets -> float32 of the marks' shape."""
         bias = torch.zeros(marks.position.shape, device=marks.position.device)
         for name in self.rows if not self.of_target else ():
-            bias = bias + rows_at(self.tables[name], getattr(marks, name))
+            bias = bias + rows_at(self.scalars(name), getattr(marks, name))
         return bias
+
+    def scalars(self, name: str) -> Tensor:
+        """What a mark adds: [rows] for all targets alike, or [groups * rows], see `group_rows`."""
+        table: Tensor = self.tables[name] if self.form != "target" else self._curves_of_groups(name)
+        return table
+
+    def _curves_of_groups(self, name: str) -> Tensor:
+        curve_GM: Tensor = self.targets @ self.curves[name].T * self.dim**-0.5
+        return curve_GM.reshape(-1)
+
+    def most(self) -> float:
+        """What it may add at most."""
+        if self.form != "target":
+            return sum(float(table.abs().max()) for table in self.tables.values())
+        rows = [self.targets, *self.curves.values()]
+        target, *curves = (float(torch.linalg.vector_norm(part, dim=1).amax()) for part in rows)
+        return target * sum(curves)
 
     def forward(self, marks: Marks, group_C: Tensor) -> Tensor:
         """The whole bias of candidates' behaviors, marks [C, K] -> float32 [C, K]."""
@@ -134,15 +151,11 @@ class TimeBias(_MarkTables):
             return self.shared(marks)
         bias = torch.zeros(marks.position.shape, device=group_C.device)
         for name, count in self.rows.items():
-            if self.form == "joint":
-                table = self.tables[name]
-            else:
-                table = (self.targets @ self.curves[name].T * self.dim**-0.5).reshape(-1)
-            bias = bias + rows_at(table, group_rows(getattr(marks, name), group_C, count))
+            bias = bias + rows_at(self.scalars(name), group_rows(getattr(marks, name), group_C, count))
         return bias
 
 
-class TimeEncoding(_MarkTables):
+class TimeEncoding(MarkTables):
     """Encodings added to target and behaviors (TIN, equation 4), from the same tables.
 
     The encoding of a weighted sum of behaviors is the weighted sum of their encodings, so `pooled` never
@@ -150,7 +163,12 @@ class TimeEncoding(_MarkTables):
 
     Several sets of the representation have encodings of their own, all built alike. Where the vectors of all
     sets lie side by side, those of the others are given as `beside`: they take one pass together.
+
+    Attributes:
+        columns: how much wider vectors are with their encodings; 0, since these are added.
     """
+
+    columns: int = 0
 
     def __init__(self, rows: Mapping[str, int], width: int, form: Form = "shared", groups: int = 1) -> None:
         super().__init__(rows, form, groups)
@@ -189,16 +207,17 @@ class TimeEncoding(_MarkTables):
         multiplied with the whole table, in single precision as `weighted_bags` adds up.
         """
         for name, index in self._indices(marks, group_C):
-            table = self._table(name, beside)
-            if self.form != "joint" and (many or table.shape[0] <= _FEW_MARKS):
-                by_mark_CM = weight_CK.new_zeros(index.shape[0], table.shape[0]).scatter_add(
-                    1, index, weight_CK
-                )
-                with in_single_precision(table.device):
-                    pooled_CD = pooled_CD + by_mark_CM @ table
-            else:
-                pooled_CD = pooled_CD + weighted_bags(table, index, weight_CK)
+            many_rows = many and self.form != "joint"
+            pooled_CD = pooled_CD + self._summed(self._table(name, beside), index, weight_CK, many=many_rows)
         return pooled_CD
+
+    def _summed(self, table: Tensor, index: Tensor, weight_CK: Tensor, *, many: bool) -> Tensor:
+        """sum_k weight[c, k] * table[index[c, k]] -> [C, D]."""
+        if many or (self.form != "joint" and table.shape[0] <= _FEW_MARKS):
+            by_mark_CM = weight_CK.new_zeros(index.shape[0], table.shape[0]).scatter_add(1, index, weight_CK)
+            with in_single_precision(table.device):
+                return by_mark_CM @ table
+        return weighted_bags(table, index, weight_CK)
 
     def behaviors(self, marks: Marks, group_C: Tensor) -> Tensor | float:
         """The encodings themselves: marks [C, K] -> [C, K, D]."""

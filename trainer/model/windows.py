@@ -84,6 +84,7 @@ class Windows:
         lengths: int64 [W] where windows are stretches of the history: column x of a window is the
             behavior x before that of column 0; else None.
         counts: [W], candidates of each window, where the host knows them.
+        seconds: int64 [W, X], from a behavior to the request, where someone asks for more than `marks.age`.
     """
 
     index: Tensor
@@ -93,6 +94,7 @@ class Windows:
     of_candidate: Tensor
     lengths: Tensor | None = None
     counts: tuple[int, ...] | None = None
+    seconds: Tensor | None = None
 
     @cached_property
     def host_counts(self) -> tuple[int, ...]:
@@ -166,7 +168,12 @@ def pooled_windows(value_SD: Tensor, place_WX: Tensor, windows: Windows, weight_
 
 
 def windows_of(
-    batch: RequestBatch, history_length: int, newest: int = 0, clusters: bool = False, ages: bool = True
+    batch: RequestBatch,
+    history_length: int,
+    newest: int = 0,
+    clusters: bool = False,
+    ages: bool = True,
+    seconds: bool = False,
 ) -> Windows:
     """What the batch's candidates may keep: their request's window, or what a hard search retrieved.
 
@@ -176,11 +183,12 @@ def windows_of(
         newest: only the newest so many behaviors of each request, whatever a hard search retrieved; 0 = all.
         clusters: the clusters of the request's history instead, each at the behavior that stands for it.
         ages: whether anyone reads the marks' ages; else they are one zero for all places.
+        seconds: whether anyone reads the ages in seconds; only where windows are stretches of the history.
     """
     if clusters:
         return _cluster_windows(batch, history_length)
     if newest or batch.retrieval is None:
-        return _request_windows(batch, newest, ages)
+        return _request_windows(batch, newest, ages, seconds)
     return _retrieved_windows(batch, history_length, ages)
 
 
@@ -224,7 +232,9 @@ def _retrieved_windows(batch: RequestBatch, history_length: int, ages: bool) -> 
     return Windows(index, mask, marks, None, each, counts=one_each(batch.candidates))
 
 
-def _request_windows(batch: RequestBatch, newest: int = 0, ages: bool = True) -> Windows:
+def _request_windows(
+    batch: RequestBatch, newest: int = 0, ages: bool = True, seconds: bool = False
+) -> Windows:
     """The requests' windows side by side (X = longest window of the batch)."""
     length = batch.window_end - batch.window_start
     if newest:
@@ -244,15 +254,20 @@ def _request_windows(batch: RequestBatch, newest: int = 0, ages: bool = True) ->
     age = _ages(batch, batch.request_time, index, mask) if ages else nothing
     marks = Marks(rank, age, nothing)
     counts = batch.host_sizes.candidates
-    return Windows(index, mask, marks, None, batch.candidate_request, length, counts)
+    exact = _seconds(batch, batch.request_time, index, mask) if seconds else None
+    return Windows(index, mask, marks, None, batch.candidate_request, length, counts, exact)
 
 
 def _ages(batch: RequestBatch, time_W: Tensor, index: Tensor, mask: Tensor) -> Tensor:
     """`time_W`: of the request of each window."""
+    return torch.where(mask, age_bucket(_seconds(batch, time_W, index, mask)), 0)
+
+
+def _seconds(batch: RequestBatch, time_W: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+    """int64, from each behavior to the request of its window."""
     if not batch.behaviors:
-        return torch.zeros_like(index, dtype=torch.int32)
-    age = time_W[:, None] - batch.behavior_time[index]
-    return torch.where(mask, age_bucket(age), 0)
+        return torch.zeros_like(index)
+    return torch.where(mask, time_W[:, None] - batch.behavior_time[index], 0)
 
 
 def first_ids(batch: RequestBatch, feature: str) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,9 @@ class PortableScorer(nn.Module):
         for name, branch in self.branches.named().items():
             looks_at = branch.settings.newest, branch.settings.clusters
             if looks_at not in windows:
-                windows[looks_at] = windows_of(batch, self.branches.history_length, *looks_at)
+                windows[looks_at] = windows_of(
+                    batch, self.branches.history_length, *looks_at, seconds=self.branches.seconds
+                )
             retrievals[name] = branch.retrieve(batch, first, windows[looks_at])
         found = Retrievals(self.branches, retrievals, None, None, None)
         pooled: Pooled = self.pooling(batch, found, first, {})

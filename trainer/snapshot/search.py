@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from embeddings.groups import TableGroup
+from trainer.model.retrieve.score import product_scale
 from trainer.model.settings import BranchConfig
 from trainer.run_config import Config
 from trainer.snapshot.manifest import SearchPart
@@ -73,8 +74,9 @@ def search_parts(
         if kind == "none" and any(part.projection is not None for part in parts):
             by_branch[name] = SearchPart(reason=_LEFT_OUT), []
             continue
-        heads = 1 if settings.search_kind.own_scorer else settings.heads
-        scale = max(width // heads, 1) ** -0.5
+        own = bool(settings.search_kind.own_scorer)
+        heads = 1 if own else settings.heads
+        scale = product_scale(width, heads, 1.0 if own else settings.temperature)
         by_branch[name] = SearchPart(combine="sum" if summed else "concat", heads=heads, scale=scale), parts
     return by_branch
 

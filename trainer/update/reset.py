@@ -33,7 +33,9 @@ def reset_weights(
         groups: of the model, with their lanes; fresh: what a new model begins with; seed: of the new weights.
     """
     new, weights = fresh(seed) if parts.dense else {}, model.state_dict()
-    set_first_rows(weights, [group for name, group in groups.items() if name in parts.groups], seed)
+    # Rows that were given are no weights to draw.
+    drawn = [group for name, group in groups.items() if name in parts.groups and not group.given]
+    set_first_rows(weights, drawn, seed)
     with torch.no_grad():
         for name in parts.dense:
             weights[name].copy_(new[name])

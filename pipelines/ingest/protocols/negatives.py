@@ -1,4 +1,7 @@
-"""Seeded negatives, drawn in proportion to how often an item occurs among the events before the request."""
+"""Seeded negatives, drawn in proportion to how often an item occurs among the events before the request.
+
+All events so far count, or those of the last `requests.popularity_days` days alone.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from pipelines.ingest.protocols.protocol import REQUEST, Past, Tables
 if TYPE_CHECKING:
     from pipelines.ingest.config import IngestConfig
 
-_HOUR = 3600
+_HOUR, _DAY = 3600, 86_400
 
 
 def one_positive(
@@ -53,26 +56,48 @@ def positives(items: ir.Table, tables: Tables, config: IngestConfig) -> ir.Table
     return known.filter(known.since < known.timestamp).select(*items.columns)
 
 
-def past_events(events: ir.Table) -> Past:
+def past_events(events: ir.Table, days: int = 0) -> Past:
     """Numbers the events of all users. Each table is computed where it is used, so keep them first.
 
     The order inside a second is that of the items, so that the numbers below a request's do not change
     with what happens later. Hours bound what a window function sorts at once.
+
+    Args:
+        days: older events than so many days before a second are gone for it; 0: none ever is.
     """
     events = events.select("timestamp", "item_id", hour=events.timestamp // _HOUR)
-    hours = events.group_by("hour").aggregate(size=events.count())
-    before = hours["size"].cumsum(order_by=hours.hour).cast("int64") - hours["size"]
-    hours = hours.select("hour", before=before)
-    place = ibis.row_number().over(group_by="hour", order_by=[events.timestamp, events.item_id])
-    placed = events.mutate(place=place.cast("int64")).inner_join(hours, "hour")
+    since = events.group_by("item_id").aggregate(since=events.timestamp.min())
     seconds = events.group_by(["hour", "timestamp"]).aggregate(size=events.count())
+    place = ibis.row_number().over(group_by="hour", order_by=[events.timestamp, events.item_id])
+    placed = events.mutate(place=place.cast("int64")).inner_join(_hours_before(seconds), "hour")
+    placed = placed.select("item_id", number=placed.before + placed.place)
+    numbers, none = _counts_before(seconds), ibis.literal(0).cast("int64")
+    if not days:
+        return Past(placed, numbers.mutate(gone=none), since)
+    begin = seconds.timestamp - days * _DAY
+    begins = seconds.select(hour=begin // _HOUR, timestamp=begin, size=none)
+    begun = _counts_before(ibis.union(seconds, begins)).rename(begin="timestamp", gone="earlier")
+    numbers = numbers.mutate(begin=numbers.timestamp - days * _DAY).inner_join(begun, "begin").drop("begin")
+    return Past(placed, numbers, since)
+
+
+def _hours_before(seconds: ir.Table) -> ir.Table:
+    """hour, before: the events before each hour; `seconds`: hour, size."""
+    hours = seconds.group_by("hour").aggregate(size=seconds["size"].sum().cast("int64"))
+    before = hours["size"].cumsum(order_by=hours.hour).cast("int64") - hours["size"]
+    return hours.select("hour", before=before)
+
+
+def _counts_before(marks: ir.Table) -> ir.Table:
+    """timestamp, earlier: the events strictly before each second.
+
+    Args:
+        marks: hour, timestamp, size: the events of a second; one may be there twice.
+    """
+    seconds = marks.group_by(["hour", "timestamp"]).aggregate(size=marks["size"].sum().cast("int64"))
     so_far = seconds["size"].cumsum(group_by="hour", order_by=seconds.timestamp).cast("int64")
-    seconds = seconds.mutate(within=so_far - seconds["size"]).inner_join(hours, "hour")
-    return Past(
-        placed.select("item_id", number=placed.before + placed.place),
-        seconds.select("timestamp", earlier=seconds.before + seconds.within),
-        events.group_by("item_id").aggregate(since=events.timestamp.min()),
-    )
+    seconds = seconds.mutate(within=so_far - seconds["size"]).inner_join(_hours_before(marks), "hour")
+    return seconds.select("timestamp", earlier=seconds.before + seconds.within)
 
 
 def draw(
@@ -87,12 +112,13 @@ def draw(
         refused: the columns `keys` and item_id.
     """
     wanted = wanted.inner_join(_past(tables).seconds, "timestamp").drop("timestamp")
-    wanted = wanted.filter(wanted.earlier > 0)
+    wanted = wanted.mutate(recent=wanted.earlier - wanted.gone).filter(ibis._.recent > 0)
     # Half as many again, and eight, replace the draws that are refused or meet one another.
     drawn = wanted.mutate(draw=ibis.range(0, wanted.wanted + wanted.wanted // 2 + 8).unnest())
     value = number(config.seed, "negative", drawn.user_id, drawn.request_id, drawn.draw)
     # An engine may compute the remainder before it filters.
-    drawn = drawn.mutate(number=value % ibis.greatest(drawn.earlier, 1)).drop("earlier")
+    drawn = drawn.mutate(number=drawn.gone + value % ibis.greatest(drawn.recent, 1))
+    drawn = drawn.drop("earlier", "gone", "recent")
     drawn = drawn.inner_join(_past(tables).events, "number")
     drawn = drawn.anti_join(refused, [*keys, "item_id"])
     once = drawn.group_by([*REQUEST, "item_id"]).aggregate(draw=drawn.draw.min(), wanted=drawn.wanted.max())

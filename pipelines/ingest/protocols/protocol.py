@@ -25,7 +25,8 @@ class Past:
 
     Attributes:
         events: number (from 0, by second), item_id: one row an event.
-        seconds: timestamp, earlier: the number of events strictly before each second that has one.
+        seconds: timestamp, earlier, gone: for each second that has an event, how many events are strictly
+            before it, and how many of these are too old to count (`requests.popularity_days`).
         items: item_id, since: the second of the item's first event.
     """
 

@@ -13,6 +13,7 @@ import pytest
 
 from embeddings.errors import DataError
 from pipelines.ingest import encode as ingest_encoding
+from pipelines.ingest import history_free
 from pipelines.ingest.ingest import ingest
 from tests.helpers.numbers import check_codes
 from tests.helpers.opening import GOOD, Door, csv_events, parquet, text
@@ -76,7 +77,7 @@ def spark() -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("protocol", "changes"),
     [
-        ("next-basket", {"requests": {"min_history": 0, "new_items": "drop"}}),
+        ("next-basket", {"requests": {"min_history": 0, "new_items": "drop", "popularity_days": 2}}),
         (
             "impressions",
             {
@@ -84,11 +85,12 @@ def spark() -> Iterator[Any]:
                 "impressions": {"labels": PARTIAL, "exposure": {"rate": 0.3, "window_days": 4}},
             },
         ),
-        ("leave-last", {}),
+        ("leave-last", {"requests": {"popularity_days": 3}}),
         (
             "time-split",
             {
                 "files": {"layout": "request"},
+                "requests": {"popularity_days": 1},
                 "context": [{"name": "home", "table": "users", "ids": "hashed"}],
                 "events": {"taxonomy": ["category"], "item_ids": "raw", "taxonomy_ids": "hashed"},
                 "features": [{"name": "tags", "multi": True, "ids": "hashed"}],
@@ -103,6 +105,8 @@ def test_both_engines_write_the_same_rows(
     if protocol == "impressions":
         # As if there were too many features for one statement.
         monkeypatch.setattr(ingest_encoding, "_AT_ONCE", 4)
+    # As if there were enough candidates to measure what they tell without any history.
+    monkeypatch.setattr(history_free, "_LEAST", 2)
     source = write(tmp_path / "events.parquet", events())
     rows_shown = [{**row, "category": "c1" if row["click"] else None} for row in partly_known()]
     given = as_parquet(tmp_path / "shown.parquet", rows_shown, (*SHOWN, "category", "worth"))
@@ -117,6 +121,7 @@ def test_both_engines_write_the_same_rows(
     other = ingest(source, tmp_path / "spark", plan, impressions=shown, engine="spark")
     assert rows(tmp_path / "spark") == rows(tmp_path / "duckdb") != []
     assert (other.features, other.context, other.report) == (duckdb.features, duckdb.context, duckdb.report)
+    assert duckdb.report["history_free"]["auc"]
     if protocol == "impressions":
         found = {one for row in rows(tmp_path / "spark") for labels in row["label_buy"] for one in labels}
         assert found == {None, 0.0, 1.0}

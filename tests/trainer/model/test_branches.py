@@ -13,6 +13,8 @@ from tests.helpers.launching import ROOT
 from tests.helpers.logs import FEATURES
 from tests.helpers.models import (
     batch_of,
+    draw,
+    drawing,
     model_of,
     preset,
     small_log,
@@ -48,6 +50,7 @@ def test_dsi_d1_a_branch_attends_to_its_own_fields_and_pools_all(log: Path, chan
     other way round."""
     config = preset("dsi_tin", log)
     model, batch = model_of(config).eval(), batch_of(config)
+    draw(model.branches["main"].sequence.time, drawing(3))
     found = []
     for asked in (batch, change(batch)):
         seen = watch(model)

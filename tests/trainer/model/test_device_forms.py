@@ -68,10 +68,10 @@ def scorers() -> dict[str, Scorer]:
     bias = TimeBias(MARK_ROWS)
     return {
         "dot": DotScorer(None, None, 1, bias, None),
-        "projected": DotScorer(*twin_projections(WIDTH, 4), 1, TimeBias(MARK_ROWS, "joint", GROUPS), None),
+        "projected": DotScorer(*twin_projections(WIDTH, 1, 4), 1, TimeBias(MARK_ROWS, "joint", GROUPS), None),
         "target": DotScorer(None, None, 1, TimeBias(MARK_ROWS, "target", GROUPS), None),
         "encoding": DotScorer(None, None, 1, None, TimeEncoding(MARK_ROWS, WIDTH, "target", GROUPS)),
-        "heads": DotScorer(*twin_projections(WIDTH, 8), 2, bias, None),
+        "heads": DotScorer(*twin_projections(WIDTH, 2, 4), 2, bias, None),
         "mlp": MlpScorer(WIDTH, 5, bias),
     }
 

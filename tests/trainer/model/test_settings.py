@@ -59,6 +59,19 @@ BRANCH_REFUSALS = [
         for other in ({"projection": "feature"}, {"projection": "heads"}, {"score": "mlp"})
     ),
     ({"score": "mlp", "projection": "feature"}, 'projection does not go with score = "mlp"'),
+    *(
+        ({"time": "concat", **other}, 'time = "concat" goes with sequence = "attention"')
+        for other in ({"sequence": "stacked"}, {"sequence": "collision"})
+    ),
+    ({"time": "concat", "time_target": "joint", "time_group": "a"}, 'time = "concat" takes time_target'),
+    (
+        {"time": "encoding", "time_tables": "group", "attend": ["a"]},
+        'time_tables = "group" with time = "encoding" scores whole vectors: leave out attend',
+    ),
+    *(
+        ({"roles": {"cross": "c"}, "cross_in": ["values"], **other}, 'cross_in with "values" needs sequence')
+        for other in ({}, {"sequence": "stacked"}, {"sequence": "collision", **HEADS})
+    ),
     ({"sequence": "stacked", **HEADS}, 'sequence = "stacked" takes one head'),
     *(
         ({"attend": [], **other}, 'attend = [] leaves time alone to score: it goes with score = "dot"')
@@ -84,7 +97,7 @@ MODEL_REFUSALS = [
     ({"auxiliary": "index", "lookup": "full"}, 'auxiliary = "index" goes with search = "soft"'),
     ({"search": "soft"}, 'auxiliary = "index" goes with search = "soft", and search = "soft" with it'),
     *(
-        ({**SOFT, **other}, 'search = "soft" goes with sequence = "attention" or "stacked"')
+        ({**SOFT, **other}, 'search = "soft" goes with sequence = "attention", "stacked" or "muse"')
         for other in ({"sequence": "collision"}, SASREC)
     ),
     ({**SOFT, "attend": []}, "attend = [] leaves time alone to score"),

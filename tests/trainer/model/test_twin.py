@@ -20,6 +20,7 @@ from tests.helpers.models import (
     preset,
     small_log,
     stage_one,
+    watch,
 )
 from tests.trainer.model.retrieve.test_search import walk
 from trainer.model.branch import CrossBias
@@ -131,6 +132,52 @@ def test_value_maps_after_pooling_equal_value_maps_before(whole: bool) -> None:
     target, united, product = sequence(behaviors, weight)
     assert torch.allclose(united, sequence.unite(pooled), atol=1e-5) and united.abs().max() > 0.1
     assert torch.allclose(product, target * united)
+
+
+@pytest.mark.parametrize("branch", ["main", "recent"])
+def test_values_are_the_unsplit_k_of_the_paper(rich: Path, branch: str) -> None:
+    """softmax(alpha) K W^v for every head, K = [K_h | K_c]; then W^o. `recent` keeps whole windows."""
+    config = preset("twin", rich, 'groups.shared.features=["item_id", "category_id"]', *CROSS)
+    model, batch = model_of(config), batch_of(config)
+    seen = watch(model)
+    with torch.no_grad():
+        draw(model.branches[branch].sequence.per_head, drawing(4))
+        model(batch)
+        cross_ND = model.lookups({"cross": model.collections["cross"](batch.features)})["cross"]
+        behaviors, weight, parts = seen[branch]
+        sequence, kept = model.branches[branch].sequence, behaviors.selection
+        inherent = behaviors.value_SD[behaviors.place_CK] + sequence.time.behaviors(
+            kept.marks, behaviors.group_C
+        )
+        unsplit_CKD = torch.cat([inherent, cross_ND[kept.index]], dim=2)
+        values = sequence.per_head(unsplit_CKD).unflatten(2, (config.model.heads, -1))
+        united = sequence.unite(torch.einsum("chk,ckhd->chd", weight, values).flatten(1))
+    assert unsplit_CKD.shape[2] == 24 and (weight.sum(2) > 0.99).all(1).any()
+    assert torch.allclose(parts[1], united, atol=1e-4)
+
+
+def test_cross_vectors_of_known_behaviors_are_those_that_were_looked_up(rich: Path) -> None:
+    """A server knows them beforehand, as all else that follows from behaviors alone."""
+    config = preset("twin", rich, 'groups.shared.features=["item_id", "category_id"]', *CROSS)
+    model, batch = model_of(config), batch_of(config)
+    branch, n = model.branches["main"], batch.behaviors
+    with torch.no_grad():
+        vectors = model.lookups({name: model.collections[name](batch.features) for name in model.first})
+        known = branch.of_behaviors({name: vectors[name][:n] for name in branch.behavior_groups})
+        windows = stage_one(model, batch)["main"].windows
+        of_candidates = {name: vectors[name][n:] for name in vectors}
+        found = branch.retrieve(batch, of_candidates, windows, known)
+        plain = branch.retrieve(batch, vectors, windows)
+    assert torch.equal(found.raw.beside_ND, plain.raw.beside_ND) and plain.raw.beside_ND.shape == (n, 8)
+    assert torch.equal(found.raw.cross_N, plain.raw.cross_N)
+
+
+def test_cross_features_of_scores_alone_leave_values_as_they_are(rich: Path) -> None:
+    words = ('groups.shared.features=["item_id", "category_id"]', *CROSS)
+    branch = model_of(preset("twin", rich, *words, 'model.cross_in=["scores"]')).branches["main"]
+    assert branch.cross is not None and branch.sequence.per_head.in_features == 16
+    branch = model_of(preset("twin", rich, *words, 'model.cross_in=["values"]')).branches["main"]
+    assert branch.cross is None and branch.sequence.per_head.in_features == 24
 
 
 @pytest.mark.parametrize(

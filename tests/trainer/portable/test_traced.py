@@ -76,7 +76,7 @@ def test_scores_of_whole_windows_are_the_exact_ones_of_pairs(kind: str, form: Fo
     rng, width = drawing(3), 6
     bias = TimeBias(MARK_ROWS, form, GROUPS, 4) if kind in ("bias", "heads") else None
     encoding = TimeEncoding(MARK_ROWS, width, form, GROUPS) if kind == "encoding" else None
-    maps = twin_projections(width, 8) if kind == "heads" else (None, None)
+    maps = twin_projections(width, 2, 4) if kind == "heads" else (None, None)
     scorer = DotScorer(*maps, 2 if kind == "heads" else 1, bias, encoding)
     for parameter in scorer.parameters():
         torch.nn.init.normal_(parameter, generator=rng)

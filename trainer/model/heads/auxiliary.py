@@ -20,12 +20,14 @@ class AuxiliarySizes(NamedTuple):
     """What an auxiliary head is built from, besides the model's settings.
 
     Attributes:
-        shared: D of the shared sets of the main branch's representation together.
+        shared: D of the shared sets of the main branch's representation together; parts: width of all that
+            its sequence models make of them.
         attention: width of its attention vectors.
         tasks: names of those with a tower.
     """
 
     shared: int
+    parts: int
     attention: int
     tasks: Sequence[str]
 
@@ -112,7 +114,7 @@ class SoftmaxLoss(WindowLoss):
 
     @classmethod
     def build(cls, model: Any, sizes: AuxiliarySizes) -> SoftmaxLoss:
-        return cls(sizes.shared * (3 if model.target_aware else 2), model, len(sizes.tasks))
+        return cls(sizes.parts, model, len(sizes.tasks))
 
     @classmethod
     def problem(cls, model: Any) -> str:

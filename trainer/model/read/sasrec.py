@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.model.read.multi_head import heads_problem
 from trainer.model.read.sequence import Behaviors, SequenceModel
 from trainer.model.sizes import BranchSizes
 from trainer.model.windows import Selection
@@ -41,9 +42,7 @@ class TargetDecoupledSasrec(SequenceModel):
 
     @classmethod
     def width_problem(cls, settings: Any, width: int) -> str:
-        if not width % settings.heads:
-            return ""
-        return f"model.heads = {settings.heads} does not divide the representation's width {width}"
+        return heads_problem(settings.heads, width)
 
     def __init__(self, width: int, positions: int, groups: int, layers: int, heads: int) -> None:
         super().__init__()

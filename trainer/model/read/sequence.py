@@ -57,6 +57,12 @@ class SequenceModel(nn.Module):
         uses: keys shared with other kinds that it looks at.
         on_windows: it reads whole windows and no attention weights; there is no stage one then.
         needs_vectors: it cannot work where no feature is attended to.
+        scores_values: it scores vectors of the representation, too.
+        takes_columns: it reads encodings that stand beside the vectors (`time = "concat"`).
+        takes_cross: it reads cross features as a part of values.
+        needs_content: it compares pre-trained vectors, which the attention roles must serve.
+        needs_stretch: it takes a window for a stretch of the history, the same for all candidates.
+        needs_seconds: it is given `Windows.seconds`, of such windows.
         two_towers: its parts are a user's vector, which may know no candidate, and the candidate's.
     """
 
@@ -64,6 +70,12 @@ class SequenceModel(nn.Module):
     uses: ClassVar[Set[str]] = frozenset()
     on_windows: ClassVar[bool] = False
     needs_vectors: ClassVar[bool] = False
+    scores_values: ClassVar[bool] = False
+    takes_columns: ClassVar[bool] = False
+    takes_cross: ClassVar[bool] = False
+    needs_content: ClassVar[bool] = False
+    needs_stretch: ClassVar[bool] = False
+    needs_seconds: ClassVar[bool] = False
     two_towers: ClassVar[bool] = False
 
     @classmethod

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from trainer.model.ops.bags import weighted_bags
 from trainer.model.read.sequence import Behaviors, TargetPooling, split_parts
-from trainer.model.retrieve.score import FeatureProjection
+from trainer.model.retrieve.score import FeatureProjection, begin_alike
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeEncoding
 from trainer.model.windows import pooled_windows
@@ -30,13 +30,18 @@ class TargetAttention(TargetPooling):
         heads: with several, each pools its own linear map of the behaviors, and one map unites them (W^V and
             W^O of TWIN, section 4.3).
         widths: of the features, where each side has projections of its own (DARE's `TWIN w/ proj.`).
+        cross: width of cross features, which stand beside the behaviors' representation and pass the heads'
+            maps with it (the unsplit K of TWIN, section 4.3); only with several heads.
     """
+
+    takes_columns = True
+    takes_cross = True
 
     @classmethod
     def build(cls, settings: Any, sizes: BranchSizes) -> TargetAttention:
         widths = sizes.representation.widths() if settings.projection == "feature" else ()
         width, time = sizes.representation.width, sizes.encoding()
-        return cls(width, time, settings.target_aware, settings.heads, widths)
+        return cls(width, time, settings.target_aware, settings.heads, widths, sizes.cross_values)
 
     def __init__(
         self,
@@ -45,16 +50,20 @@ class TargetAttention(TargetPooling):
         target_aware: bool = True,
         heads: int = 1,
         widths: Sequence[int] = (),
+        cross: int = 0,
     ) -> None:
-        super().__init__(width, target_aware)
-        self.heads, self.time = heads, time
+        super().__init__(width + time.columns, target_aware)
+        self.heads, self.time, self.cross = heads, time, cross
         self.target, self.value = (FeatureProjection(widths) if widths else None for _ in range(2))
+        if self.target is not None and self.value is not None:
+            begin_alike(self.target, self.value)
         if heads > 1:
-            self.per_head = nn.Linear(width, width * heads, bias=False)
+            width = self.width
+            self.per_head = nn.Linear(width + cross, width * heads, bias=False)
             self.unite = nn.Linear(width * heads, width, bias=False)
             # Starts as the mean of plain attention heads.
             with torch.no_grad():
-                self.per_head.weight.copy_(torch.eye(width).repeat(heads, 1))
+                self.per_head.weight.copy_(torch.eye(width, width + cross).repeat(heads, 1))
                 self.unite.weight.copy_(torch.eye(width).repeat(1, heads) / heads)
 
     def forward(self, behaviors: Behaviors, weight_CHK: Tensor | None) -> list[Tensor]:
@@ -79,8 +88,13 @@ class TargetAttention(TargetPooling):
         ]
         united_CD = pooled[0]
         if first.heads > 1:
-            of_sets = zip(models, split_parts(pooled, widths), strict=True)
-            united = [model.united(of_set) for model, of_set in of_sets]
+            of_sets = split_parts(pooled, widths)
+            if first.cross:
+                cross = [_pooled_cross(behaviors, weight_CHK[:, head]) for head in range(first.heads)]
+                of_sets = [
+                    [torch.cat(both, dim=1) for both in zip(own, cross, strict=True)] for own in of_sets
+                ]
+            united = [model.united(of_set) for model, of_set in zip(models, of_sets, strict=True)]
             united_CD = united[0] if len(united) == 1 else torch.cat(united, dim=1)
         return split_parts(first.parts(target_CD, united_CD), widths)
 
@@ -97,6 +111,15 @@ def _each(maps: Sequence[nn.Module], vector_ND: Tensor, widths: Sequence[int]) -
         return maps[0](vector_ND)  # type: ignore[no-any-return]
     parts = vector_ND.split(list(widths), dim=1)
     return torch.cat([map_(part) for map_, part in zip(maps, parts, strict=True)], dim=1)
+
+
+def _pooled_cross(behaviors: Behaviors, weight_CK: Tensor) -> Tensor:
+    """Weighted sums of the kept behaviors' cross features, [C, cross]."""
+    beside_ND = behaviors.raw.beside_ND
+    assert beside_ND is not None
+    if behaviors.whole:
+        return pooled_windows(beside_ND, behaviors.index, behaviors.windows, weight_CK)
+    return weighted_bags(beside_ND, behaviors.index, weight_CK)
 
 
 def _pooled(

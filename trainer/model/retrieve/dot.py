@@ -45,7 +45,7 @@ class SoftSearch(Search):
 
     def __init__(self, k: int, width: int, dim: int) -> None:
         super().__init__(k)
-        self.index = DotScorer(*twin_projections(width, dim), 1, None, None)
+        self.index = DotScorer(*twin_projections(width, 1, dim), 1, None, None)
 
     @classmethod
     def build(cls, settings: Any, sizes: BranchSizes) -> SoftSearch:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from trainer.model.ops.top import Doubt
 from trainer.model.ops.whole import CELLS, ROUNDING, Rows, needed_places, whole_rows
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, FeatureProjection, MlpScorer, Scorer
-from trainer.model.time import Marks, TimeBias, TimeEncoding
+from trainer.model.time import Marks, TimeEncoding
 from trainer.model.windows import Selection, Windows
 
 # Pairs that are scored at once, and so many that equal behaviors among them are worth looking for.
@@ -52,7 +52,7 @@ class PairScores:
         finite = None if bias is None else bias.masked_fill(~self.windows.mask, 0.0)
         added = 0.0 if finite is None or not finite.numel() else float(finite.abs().max())
         if self.scorer.bias is not None and self.scorer.bias.of_target:
-            added += _largest(self.scorer.bias)
+            added += self.scorer.bias.most()
         if isinstance(self.scorer, MlpScorer):
             error_CH = self._error_of_mlp(self.scorer, added)
         else:
@@ -132,8 +132,7 @@ class PairScores:
         if scorer.encoding is not None:
             query_RD = scorer.encoding.target(query_RD, group_R)
         mapped_RD = _mapped(scorer.query, query_RD)
-        scale: float = max(mapped_RD.shape[1] // scorer.heads, 1) ** -0.5
-        return mapped_RD * scale
+        return mapped_RD * scorer.scale(mapped_RD.shape[1])
 
     def _rounded_heads(self, rows_RD: Tensor) -> Tensor:
         """Rows rounded to whole numbers times a power of two, [R, heads, D]: their products are exact."""
@@ -227,7 +226,7 @@ class PairScores:
         if scorer.query is not None and scorer.key is not None:
             given = raw.query_CD, self._of_windows(raw.key_ND)
             given_C, given_N = (torch.linalg.vector_norm(part, dim=1) for part in given)
-            scale = max(self.vectors.query_CD.shape[1] // heads, 1) ** -0.5
+            scale = scorer.scale(self.vectors.query_CD.shape[1])
             error_CH = error_CH + query_CH * _size(scorer.key) * given_N.amax()
             error_CH = error_CH + (scale * _size(scorer.query) * given_C)[:, None] * key_H
         if scorer.encoding is not None:
@@ -283,12 +282,3 @@ def _size(module: nn.Module) -> Tensor:
     weights = [each.weight.flatten() for each in maps if isinstance(each, nn.Linear)]
     norm: Tensor = torch.linalg.vector_norm(torch.cat(weights))
     return norm
-
-
-def _largest(bias: TimeBias) -> float:
-    """What the bias of a target may add at most."""
-    if bias.form != "target":
-        return sum(float(table.abs().max()) for table in bias.tables.values())
-    rows = [bias.targets, *bias.curves.values()]
-    target, *curves = (float(torch.linalg.vector_norm(part, dim=1).amax()) for part in rows)
-    return target * sum(curves)

@@ -23,6 +23,7 @@ from trainer.model.ops.tiling import tiling_of
 from trainer.model.ops.traced import is_traced
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeBias, TimeEncoding
+from trainer.model.time_vectors import borrow
 from trainer.model.windows import Selection, Slots, Windows, one_each
 
 
@@ -34,6 +35,7 @@ class AttentionVectors:
         query_CD, key_ND: of candidates and behaviors; N is at least 1 (a padding row).
         group_C: int64 [C], each candidate's target group, 0 without groups.
         cross_N: float32 [N], additive score of each behavior from its cross features, or None.
+        beside_ND: vectors of cross features that are a part of the behaviors' values, or None.
         known: what follows from the behaviors alone and was made before, by names that its users give
             (`Scorer.of_behaviors`, `Search.of_behaviors`): [N, *] each; None where nothing was.
     """
@@ -43,6 +45,7 @@ class AttentionVectors:
     group_C: Tensor
     cross_N: Tensor | None = None
     known: Mapping[str, Tensor] | None = None
+    beside_ND: Tensor | None = None
 
     def known_or(self, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
         """What is known by this name, or else what follows from the keys."""
@@ -129,6 +132,8 @@ class DotScorer(Scorer):
         query, key: projections of the attention vectors to [*, H * D], or None = as they are.
         heads: H.
         bias, encoding: how marks enter, either or none.
+        temperature: what products are divided by besides.
+        borrows: the encoding is that of the values, which have its parameters.
     """
 
     def __init__(
@@ -138,9 +143,18 @@ class DotScorer(Scorer):
         heads: int,
         bias: TimeBias | None,
         encoding: TimeEncoding | None,
+        temperature: float = 1.0,
+        *,
+        borrows: bool = False,
     ) -> None:
         super().__init__(bias)
-        self.query, self.key, self.heads, self.encoding = query, key, heads, encoding
+        self.temperature = temperature
+        self.query, self.key, self.heads = query, key, heads
+        self.encoding: TimeEncoding | None
+        if borrows:
+            borrow(self, "encoding", encoding)
+        else:
+            self.encoding = encoding
 
     @property
     def shares_bias(self) -> bool:
@@ -160,8 +174,11 @@ class DotScorer(Scorer):
             query = self.encoding.target(query, vectors.group_C)
         if self.query is not None and self.key is not None:
             query, key = self.query(query), vectors.known_or("key", self.key)
-        scale = max(query.shape[1] // self.heads, 1) ** -0.5
-        return AttentionVectors(query * scale, key, vectors.group_C, vectors.cross_N)
+        return AttentionVectors(query * self.scale(query.shape[1]), key, vectors.group_C, vectors.cross_N)
+
+    def scale(self, width: int) -> float:
+        """What products of queries, `width` wide over all heads, are multiplied by."""
+        return product_scale(width, self.heads, self.temperature)
 
     def of_behaviors(self, key_ND: Tensor) -> dict[str, Tensor]:
         return {} if self.query is None or self.key is None else {"key": self.key(key_ND)}
@@ -202,6 +219,11 @@ class DotScorer(Scorer):
             )
             score_CHK = dots(query, key, index_CHK.flatten(0, 1)).view(index_CHK.shape)
             return score_CHK + bias[:, None]
+
+
+def product_scale(width: int, heads: int, temperature: float) -> float:
+    """What the inner products of `heads` heads, `width` wide together, are multiplied by."""
+    return float(max(width // heads, 1) ** -0.5 / temperature)
 
 
 class MlpScorer(Scorer):
@@ -283,17 +305,29 @@ def _cut(
         yield query[place], key[place], slots
 
 
-def twin_projections(width: int, out: int) -> tuple[nn.Linear, nn.Linear]:
-    """Bias-free maps of query and key, [width] -> [out]: one orthogonal map at first, two once trained.
+def twin_projections(width: int, heads: int, head_dim: int) -> tuple[nn.Linear, nn.Linear]:
+    """Bias-free maps of query and key, [width] -> [heads * head_dim]: one map at first, two once trained.
 
-    From two independent draws the first scores would be noise; from one they are the vectors' own inner
-    product, as far as `out` has room for it.
+    On average the score of each head begins as that of the vectors before the maps, <q, k> / sqrt(width): of
+    orthogonal maps alone it would be smaller by the number of heads, and of what a head has no room for.
     """
+    out = heads * head_dim
     query, key = nn.Linear(width, out, bias=False), nn.Linear(width, out, bias=False)
-    nn.init.orthogonal_(query.weight)
-    with torch.no_grad():
-        key.weight.copy_(query.weight)
+    room = min(width, out) / width
+    begin_alike(query, key, (heads / room * (head_dim / width) ** 0.5) ** 0.5)
     return query, key
+
+
+def begin_alike(one: nn.Module, other: nn.Module, gain: float = 1.0) -> None:
+    """Have the linear maps of two modules of equal build begin as the same orthogonal maps, times `gain`.
+
+    From two independent draws the first inner products would be noise; from one they are those of the vectors
+    before the maps, as far as there is room for them.
+    """
+    with torch.no_grad():
+        for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+            nn.init.orthogonal_(mine, gain)
+            theirs.copy_(mine)
 
 
 class FeatureProjection(nn.Module):
@@ -311,21 +345,17 @@ class FeatureProjection(nn.Module):
 
 def build_scorer(settings: BranchKeys, sizes: BranchSizes) -> Scorer:
     """The scorer of both stages of a branch."""
-    rows, groups = sizes.mark_rows("scores"), sizes.target_groups()
-    bias = encoding = None
-    if rows and settings.time == "encoding":
-        encoding = TimeEncoding(rows, sizes.width, settings.time_target, groups)
-    elif rows:
-        bias = TimeBias(rows, settings.time_target, groups, settings.time_dim)
+    bias, encoding, of_values = sizes.score_time()
     if settings.score == "mlp":
         return MlpScorer(sizes.width, settings.score_hidden, bias)
     query: nn.Module | None = None
     key: nn.Module | None = None
     if settings.projection == "feature":
         query, key = FeatureProjection(sizes.attended), FeatureProjection(sizes.attended)
+        begin_alike(query, key)
     elif settings.projection == "heads":
-        query, key = twin_projections(sizes.width, settings.heads * settings.head_dim)
-    return DotScorer(query, key, settings.heads, bias, encoding)
+        query, key = twin_projections(sizes.width, settings.heads, settings.head_dim)
+    return DotScorer(query, key, settings.heads, bias, encoding, settings.temperature, borrows=of_values)
 
 
 def softmax_weights(score: Tensor, mask: Tensor) -> Tensor:

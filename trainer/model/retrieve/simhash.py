@@ -17,9 +17,9 @@ class HammingSearch(Search):
     """ETA: the K behaviors whose SimHash codes differ from the candidate's in the fewest bits.
 
     Codes are signs of one fixed random projection of the live attention vectors. Nothing is trained and
-    nothing is stored, so codes are never stale. A server holds packed codes and counts differing bits by XOR
-    and popcount; here the same numbers come from a product of signs, which is faster on batches (a test
-    compares them).
+    nothing is stored, so codes are never stale. The paper counts differing bits by XOR and popcount. Here, in
+    training and in a server, the same order comes from a product of signs s of 1 and -1, as the distance is
+    (bits - <s, s'>) / 2: exact small integers (a test compares them with XOR and popcount of packed codes).
 
     Args:
         k: K; width: D of the vectors; bits: of a code; seed: of the projection.

@@ -42,7 +42,7 @@ class AttentionSpace(Space):
         width = self.branch.attention_width
         if self._scorer.query is not None and self.branch.settings.projection == "heads":
             width = self.branch.settings.heads * self.branch.settings.head_dim
-        return float(max(width // self.heads, 1) ** -0.5)
+        return self._scorer.scale(width)
 
     @property
     def _scorer(self) -> DotScorer:
