@@ -21,8 +21,15 @@ from trainer.config.online import OnlineConfig
 from trainer.config.per_task import against_per_task
 from trainer.config.phases import PhaseConfig, UpdateRule
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
-from trainer.config.sets import sets_of
-from trainer.config.tables import GroupConfig, GroupName, PlanConfig, TableConfig, against_init_like
+from trainer.config.sets import against_owners, sets_of
+from trainer.config.tables import (
+    GroupConfig,
+    GroupName,
+    PlanConfig,
+    TableConfig,
+    against_init_like,
+    against_vectors,
+)
 from trainer.config.tasks import Task, TaskConfig, TaskName
 from trainer.config.toml import Settings, Sources, load_settings, naming
 from trainer.model.settings import BranchConfig, ModelConfig
@@ -60,8 +67,10 @@ class Config(Settings):
             self._check_sets(branch, settings)
             self._check_data(branch, settings)
             self._check_content(branch, settings)
-        self._check_owners()
-        for problem in against_init_like(self.groups):
+        name, head = self.model.roles.representation_behavior, self.model.head_kind
+        takes = (head.takes_sets, head.takes_owners)
+        problems = against_owners(name, self.groups[name].sets, self.model.head, *takes)
+        for problem in (*problems, *against_init_like(self.groups)):
             raise ValueError(problem)
         unused = set(self.groups) - used
         if unused:
@@ -198,31 +207,10 @@ class Config(Settings):
                     f"{section_of(branch)}.roles.{role} is {name!r}; name {whole!r} there"
                 )
 
-    def _check_owners(self) -> None:
-        """Raise an error if the head does not read several sets, or takes no notice of who owns one."""
-        head, name = self.model.head_kind, self.model.roles.representation_behavior
-        sets, where = self.groups[name].sets, f"groups.{name}.sets"
-        if sets != 1 and not head.takes_sets:
-            raise ValueError(
-                f'{where}: model.head = "{self.model.head}" reads one set; leave sets out, or set model.head '
-                '= "experts"'
-            )
-        owned = [f'{where} = "tasks"'] if sets == "tasks" else []
-        for key, each in sets.items() if isinstance(sets, dict) else ():
-            owned += [f"{where}.{key}.owner = {each.owner!r}"] if each.owner != "shared" else []
-        if owned and not head.takes_owners:
-            raise ValueError(
-                f'{owned[0]}: model.head = "{self.model.head}" puts all sets side by side, whoever owns '
-                'them, so that every task would train them; set model.head = "experts", or give sets no '
-                f"owner, as {where} = 4 does"
-            )
-
     def _check_content(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if groups name vectors that there are not, or a branch lacks those it compares."""
-        for name, group in self.groups.items():
-            if group.vectors and group.vectors not in self.data.vectors:
-                known = ", ".join(self.data.vectors) or "none"
-                raise ValueError(f"groups.{name}.vectors = {group.vectors!r}: [data.vectors] has {known}")
+        for problem in against_vectors(self.groups, self.data.vectors):
+            raise ValueError(problem)
         roles = settings.roles
         if settings.sequence_kind.needs_content and not (
             self.groups[roles.attention_target].vectors and self.groups[roles.attention_behavior].vectors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -52,3 +52,25 @@ def sets_of(
                 "that owns it, another name"
             )
     return {EmbeddingSet(key, settings.owner): settings for key, settings in sets.items()}
+
+
+def against_owners(
+    group: str, sets: int | str | Mapping[str, SetConfig], head: str, takes_sets: bool, takes_owners: bool
+) -> Iterator[str]:
+    """What is wrong with the sets of the representation for a head.
+
+    Args:
+        takes_sets: whether the head reads several sets; takes_owners: whether it minds who owns one.
+    """
+    where = f"groups.{group}.sets"
+    if sets != 1 and not takes_sets:
+        yield f'{where}: model.head = "{head}" reads one set; leave sets out, or set model.head = "experts"'
+    owned = [f'{where} = "tasks"'] if sets == "tasks" else []
+    for key, each in sets.items() if isinstance(sets, Mapping) else ():
+        owned += [f"{where}.{key}.owner = {each.owner!r}"] if each.owner != "shared" else []
+    if owned and not takes_owners:
+        yield (
+            f'{owned[0]}: model.head = "{head}" puts all sets side by side, whoever owns them, so that every '
+            'task would train them; set model.head = "experts", or give sets no owner, as '
+            f"{where} = 4 does"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, StringConstraints, model_validator
@@ -160,6 +160,14 @@ def against_init_like(groups: Mapping[str, GroupConfig]) -> Iterator[str]:
         if group.init_like and group.init_like not in others:
             there = ", ".join(others) or "there is none"
             yield f"groups.{name}.init_like = {group.init_like!r} is no other group: {there}"
+
+
+def against_vectors(groups: Mapping[str, GroupConfig], known: Collection[str]) -> Iterator[str]:
+    """What is wrong with the vectors that groups name; `known`: those of [data.vectors]."""
+    for name, group in groups.items():
+        if group.vectors and group.vectors not in known:
+            there = ", ".join(known) or "none"
+            yield f"groups.{name}.vectors = {group.vectors!r}: [data.vectors] has {there}"
 
 
 class TableConfig(Settings):
