@@ -37,6 +37,8 @@ CASES = {
     "eta": (preset_log, ()),
     "best": (preset_log, ("data.recent=3", *_FEW)),
     "td_sasrec": (preset_log, ()),
+    "stca": (preset_log, ()),
+    "longer": (preset_log, ("model.recent=2",)),
     "crocodile": (log_of_tasks, ()),
     "twin_hard": (rich_log, _CONTEXT),
     "dare": (rich_log, _CONTEXT),
