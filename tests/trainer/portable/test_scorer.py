@@ -40,6 +40,8 @@ CASES = {
     "hstu": (preset_log, ()),
     "vista": (preset_log, _FEW),
     "muse": (preset_log, _FEW),
+    "stca": (preset_log, ()),
+    "longer": (preset_log, ("model.recent=2",)),
     "crocodile": (log_of_tasks, ()),
     "twin_hard": (rich_log, _CONTEXT),
     "dare": (rich_log, _CONTEXT),
