@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from trainer.config.model import BranchKeys
 from trainer.model.ops.bags import rows_at
-from trainer.model.read.multi_head import heads_problem, join_heads, split_heads
+from trainer.model.read.multi_head import heads_problem, join_heads, split_heads, start_sharp
 from trainer.model.read.sequence import Behaviors, TargetPooling
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeEncoding
@@ -42,8 +43,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm, self.norm_forward = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.out = (nn.Linear(width, width, bias=False) for _ in range(2))
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.forward_network = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def asked(self, token_BQd: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ class Block(nn.Module):
 
     def remembered(self, token_BYd: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the heads, [B, heads, Y, d / heads] each."""
-        key, value = self.key_value(self.norm(token_BYd)).chunk(2, dim=2)
-        return split_heads(key, self.heads), split_heads(value, self.heads)
+        normed_BYd = self.norm(token_BYd)
+        return split_heads(self.key(normed_BYd), self.heads), split_heads(self.value(normed_BYd), self.heads)
 
     def refined(self, token_BQd: Tensor, read: Tensor) -> Tensor:
         """Tokens with what their heads read, and then the feed-forward network: [B, Q, d]."""
@@ -103,13 +103,34 @@ class MergedTokens(TargetPooling):
         self.enter, self.after = nn.Linear(width, width), nn.Linear(width, width)
         self.inner = Block(width, heads, width) if settings.inner else None
         self.narrow = nn.Linear(merged, token) if settings.token_width else None
-        self.target = nn.Linear(width, token)
+        self.target = nn.Sequential(
+            deepcopy(self.enter), nn.GELU(), deepcopy(self.after), nn.Linear(width, token)
+        )
         self.cls = nn.Parameter(torch.randn(token) * 0.02)
         self.blocks = nn.ModuleList(
             Block(token, heads, settings.expansion * token) for _ in range(settings.layers)
         )
         self.norm = nn.LayerNorm(token)
         self.leave_target, self.leave_cls = (nn.Linear(token, width) for _ in range(2))
+        self._start_alike(width)
+
+    @torch.no_grad()
+    def _start_alike(self, width: int) -> None:
+        """Have the candidate's token start as that of a history of the candidate alone, m times.
+
+        All neighbors of a group start with one map, and keys and queries of the first layer, too. So a token
+        that holds a behavior of the candidate's own item has the largest score from the first step on.
+        """
+        leave, first = self.target[-1], self.blocks[0]
+        assert isinstance(leave, nn.Linear) and isinstance(first, Block)
+        each = leave.weight
+        if self.narrow is None:
+            each.copy_(torch.eye(width).repeat(self.merge, 1))
+        else:
+            self.narrow.weight.copy_(each.repeat(1, self.merge))
+        # One of m neighbors is 1 / sqrt(m) of a token's length.
+        start_sharp(first.key, (2 * self.merge**0.5) ** 0.5)
+        first.query.weight.copy_(first.key.weight)
 
     @property
     def output_width(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.model.ops.bags import rows_at
-from trainer.model.read.multi_head import heads_problem, join_heads, never_empty, split_heads
+from trainer.model.read.multi_head import heads_problem, join_heads, never_empty, split_heads, start_sharp
 from trainer.model.read.sequence import Behaviors, TargetPooling
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeEncoding
@@ -49,6 +49,7 @@ class CrossAttention(nn.Module):
         self.of_history = nn.Sequential(SwiGlu(width, hidden), nn.LayerNorm(width))
         self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.time = time
+        start_sharp(self.key, 2**0.5)
         # The candidate's maps start as the history's: a behavior of its own item has the largest score then.
         self.of_query, self.query = deepcopy(self.of_history), deepcopy(self.key)
         if self.compress is not None:

@@ -40,8 +40,10 @@ def block_reference(block: Block, asking: Tensor, known: Tensor, seen: Tensor) -
     """[Q, d], [Y, d], bool [Q, Y] -> [Q, d], one head at a time."""
     width = asking.shape[1]
     size = width // block.heads
-    query = block.query(block.norm(asking))
-    key, value = block.key_value(block.norm(known)).chunk(2, dim=1)
+    query, key, value = (
+        block.query(block.norm(asking)),
+        *(m(block.norm(known)) for m in (block.key, block.value)),
+    )
     read = []
     for head in range(block.heads):
         part = slice(head * size, (head + 1) * size)
