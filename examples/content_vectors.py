@@ -3,9 +3,9 @@
     python examples/content_vectors.py --events runs/data/complete_journey/events.parquet \
         --text department,category,type --out runs/demo/content.parquet
 
-Words and pairs of words are hashed, weighed by how rare they are, and reduced to `--dim` numbers by a truncated
-singular value decomposition. It stands in for an encoder of texts and images, which is what MUSE is made for:
-items with the same texts have the same vector.
+Words and pairs of words are hashed, weighed by how rare they are, and reduced to `--dim` numbers by a
+truncated singular value decomposition. It stands in for an encoder of texts and images, which is what MUSE
+is made for: items with the same texts have the same vector.
 """
 
 from __future__ import annotations

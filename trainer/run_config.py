@@ -173,6 +173,11 @@ class Config(Settings):
                     f"groups.{whole}.sets.{name}.owner = {each.owner!r}: there are no domains; name the "
                     "feature that has them with data.domain"
                 )
+        if settings.time == "concat" and self.groups[whole].sets != 1:
+            raise ValueError(
+                f'groups.{whole}.sets: {section_of(branch)}.time = "concat" puts time beside the vectors of '
+                "one set; leave sets out, or set time to another form"
+            )
         for role, name in settings.roles.model_dump().items():
             group = self.groups.get(name)
             if group is not None and group.sets != 1:
@@ -393,12 +398,6 @@ def _check_branch(branch: BranchConfig, groups: Mapping[str, TableGroup]) -> Non
         problem = branch.sequence_kind.width_problem(branch, representation.of_set(name).width)
         if problem:
             raise ConfigError(problem)
-    if branch.time == "concat" and len(representation.set_names) > 1:
-        raise ConfigError(
-            'model.time = "concat" puts time beside the vectors of one set, and group '
-            f"{representation.name} has {len(representation.set_names)}: set model.time = "
-            f'"bias" or groups.{representation.name}.sets = 1'
-        )
     attention = groups[roles.attention_behavior].features
     if branch.attend and groups[roles.attention_behavior].fusion == "sum":
         raise ConfigError(

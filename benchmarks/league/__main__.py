@@ -27,7 +27,7 @@ from benchmarks.league.declared import Entry, League, Tree, entries_of, entry_of
 from benchmarks.league.draws import Model, read_drawn
 from benchmarks.league.fitting import misfit
 from benchmarks.league.lines import LINES
-from benchmarks.league.logs import make_clustered, make_log, overrides_of
+from benchmarks.league.logs import adapted, make_clustered, make_log, overrides_of
 from benchmarks.league.page import INTRODUCTION, Section, progress_of, show_section
 from benchmarks.league.runs import FACTS, jobs_of, line_jobs, run_one
 from benchmarks.models import Job, Record, by_preset, environment_line, keep, record_of, results, run_jobs
@@ -123,7 +123,8 @@ def play(league: League, name: str, place: Path, given: Any) -> Played:
     """Make the runs of a log that are missing, those on its copy with clusters last."""
     played, log = Played(), league.logs[name]
     overrides = [*overrides_of(log, place), *_limits(given)]
-    entries = _fitting(entries_of(league, name, _words(given.presets)), place, overrides, played)
+    entries = adapted(entries_of(league, name, _words(given.presets)), name, given.out)
+    entries = _fitting(entries, place, overrides, played)
     jobs = [*line_jobs(place, league.tree), *jobs_of(entries, place, overrides, league.seeds)]
     _run(jobs, name, given, played)
     clustered = log.clustered

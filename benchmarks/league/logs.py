@@ -7,9 +7,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.league.declared import ROOT, Clustered, Log
+from benchmarks.league.declared import ROOT, Clustered, Entry, Log
 from benchmarks.league.movielens import fetch_movielens
 from embeddings.errors import ConfigError, TandemError
 from trainer.log.schema import is_sequence_log, read_manifest
@@ -39,7 +40,7 @@ def make_log(name: str, log: Log, out: Path, given: Mapping[str, Path], smoke: b
             raise ConfigError(f"log {name}: source = {log.source!r} is not one of {', '.join(SOURCES)}")
         SOURCES[log.source](raw)
     place.parent.mkdir(parents=True, exist_ok=True)
-    raw.parent.mkdir(parents=True, exist_ok=True)
+    raw.mkdir(parents=True, exist_ok=True)
     run_verbs(words)
     return place
 
@@ -56,7 +57,12 @@ def make_clustered(clustered: Clustered, name: str, out: Path, run: Path) -> Pat
 
 
 def words_of(verb: str, places: Mapping[str, Path], what: str) -> list[str]:
-    """The words of a verb with its places put in.
+    """The words of a verb with its places put in, see `filled`."""
+    return [filled(word, places, what) for word in shlex.split(verb)]
+
+
+def filled(text: str, places: Mapping[str, Path], what: str) -> str:
+    """A text with the places put in that it names in braces.
 
     Raises:
         ConfigError: a place is not given.
@@ -67,20 +73,30 @@ def words_of(verb: str, places: Mapping[str, Path], what: str) -> list[str]:
             raise ConfigError(f"{what} needs --raw {match[1]}=PLACE")
         return str(places[match[1]])
 
-    return [_PLACE.sub(put, word) for word in shlex.split(verb)]
+    return _PLACE.sub(put, text)
+
+
+def adapted(entries: Sequence[Entry], name: str, out: Path) -> list[Entry]:
+    """Presets whose overrides name the log's folder of raw data, with its place."""
+    places = {"raw": (out / "raw" / name).absolute()}
+    return [
+        replace(each, overrides=tuple(filled(text, places, name) for text in each.overrides))
+        for each in entries
+    ]
 
 
 def run_verbs(verbs: Sequence[Sequence[str]]) -> None:
-    """Run verbs of tandemrec in turn, each in a process of its own, from the checkout.
+    """Run verbs of tandemrec, or scripts of this checkout, in turn, each in a process of its own.
 
     Raises:
         TandemError: one failed.
     """
     for words in verbs:
-        print(f"tandemrec {shlex.join(words)}", flush=True)
-        done = subprocess.run([sys.executable, "-m", "launch.cli", *words], cwd=ROOT, check=False)
+        command = words[1:] if words[0] == "python" else ["-m", "launch.cli", *words]
+        print(shlex.join(["python", *command]), flush=True)
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False)
         if done.returncode:
-            raise TandemError(f"tandemrec {words[0]} failed with exit code {done.returncode}, see above")
+            raise TandemError(f"{shlex.join(words[:2])} failed with exit code {done.returncode}, see above")
 
 
 def overrides_of(log: Log, place: Path) -> list[str]:

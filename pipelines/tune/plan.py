@@ -52,6 +52,14 @@ class StudyPlan:
         own = [text for each in self.parameters for text in each.overrides(drawn[each.name])]
         return [*self.budget, *self.given, *own]
 
+    def check_unchanged(self) -> None:
+        """Raises ConfigError where the files of the configuration have changed since the study was begun."""
+        if load_config(self.config, (*self.budget, *self.given)) != self.base:
+            raise ConfigError(
+                f"{self.config}, or what it extends, has changed since this worker began; trials cannot be "
+                "compared: change it back, or give the changed one another --out"
+            )
+
     @property
     def watch(self) -> EarlyStoppingConfig:
         """The metric that trials are compared by, in the form of early stopping."""

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pipelines.analyze.report.draw import STYLE
 from pipelines.analyze.report.palette import GREY, INK, SERIES
@@ -32,14 +32,13 @@ def plot_study(found: Findings, path: Path) -> bool:
     if not rows:
         return False
     panels = 1 + len(found.plan.parameters) + bool(found.importance)
-    down = -(-panels // _ACROSS)
+    across = 2 if panels == 4 else min(panels, _ACROSS)
+    down = -(-panels // across)
     with mpl.rc_context(STYLE):
-        figure = Figure(
-            figsize=(_WIDTH * min(panels, _ACROSS), _HEIGHT * down + 0.5), dpi=_DPI, layout="constrained"
-        )
+        figure = Figure(figsize=(_WIDTH * across, _HEIGHT * down + 0.5), dpi=_DPI, layout="constrained")
         title = f"{found.plan.config.stem}: validation {found.plan.settings.metric} of {len(rows)} trial(s)"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        axes = [figure.add_subplot(down, min(panels, _ACROSS), place + 1) for place in range(panels)]
+        axes = [figure.add_subplot(down, across, place + 1) for place in range(panels)]
         _course(axes[0], found, rows)
         for panel, parameter in zip(axes[1:], found.plan.parameters, strict=False):
             _slice(panel, parameter, found, rows)
@@ -75,8 +74,12 @@ def _slice(axes: Axes, parameter: Parameter, found: Findings, rows: Sequence[Tri
     own = [row for row in rows if parameter.name in row.parameters]
     if parameter.ranged:
         places: list[Any] = [row.parameters[parameter.name] for row in own]
-        axes.set_xscale("log" if parameter.log else "linear")
         axes.set_xlim(*_widened(parameter))
+        if parameter.log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         places = [parameter.choices.index(row.parameters[parameter.name]) for row in own]
         names = [value_text({"": choice}, "") for choice in parameter.choices]

@@ -85,6 +85,7 @@ def _train(
 ) -> bool:
     """-> whether training came to its end. What it says goes to a file of the trial."""
     overrides = plan.overrides(claim.drawn)
+    plan.check_unchanged()
     with (
         (folder / LOG).open("a", encoding="utf-8") as log,
         redirect_stdout(log),

@@ -98,10 +98,10 @@ def test_every_verb_calls_its_pipeline(pipeline: Callable[..., None], capsys: Ca
         "fetch": (Path("d"), "demo"),
         "ingest": (Path("e.parquet"), Path("log"), (Path("i.toml"), ["users=9"]), True),
         "plan": (Path("c.toml"), ["model.k=5"], (8, "141GB")),
-        "evaluate": (Path("r"), "test", "", "cpu", 0, "raw"),
+        "evaluate": (Path("r"), "test", "", "cpu", 0, "raw", 0),
         "export": (
             *(Path("r"), Path("snap"), "fp32", "fp16", "", 0),
-            *(1000, False, None, "", None, "none", "raw", None),
+            *(1000, False, None, "", None, "none", "raw", None, 0),
         ),
         "score": (Path("snap"), Path("log"), "validation", 7, Path("s.parquet"), None, None, False),
     }

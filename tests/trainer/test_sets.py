@@ -67,6 +67,11 @@ def test_named_sets_have_owners_and_widths_of_their_own() -> None:
             "model.roles.representation_behavior is 'other'; name 'representation' there",
         ),
         (
+            ["groups.representation.sets=2", "model.time=concat"],
+            'groups.representation.sets: model.time = "concat" puts time beside the vectors of one set; '
+            "leave sets out, or set time to another form",
+        ),
+        (
             ["groups.other.sets=2", "model.roles.representation_behavior=other"],
             "groups.other.sets: model.roles.representation_behavior is 'other', and several sets serve all "
             "representation roles, but model.roles.representation_target is 'representation'",

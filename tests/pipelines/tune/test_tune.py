@@ -10,7 +10,9 @@ import pytest
 
 import pipelines.train
 from embeddings.errors import ConfigError
+from pipelines.tune.plan import read_plan
 from pipelines.tune.tune import TuneOptions, tune
+from pipelines.tune.worker import work
 from tests.helpers.logs import Shape, random_rows, small_log, write_log
 from tests.helpers.studies import BUDGET, CONFIG, RATES, STUDY, given, rows_of, space_in
 from trainer.run_config import load_config
@@ -115,3 +117,13 @@ def test_a_study_needs_a_validation_split_and_a_folder(log: Path, tmp_path: Path
         tune(CONFIG, TuneOptions(tmp_path / "study", space), given(bare))
     with pytest.raises(ConfigError, match="a study is a folder that its workers lock"):
         tune(CONFIG, TuneOptions(place("s3://bucket/study"), space), given(log))
+
+
+def test_a_configuration_that_changes_meanwhile_ends_the_study(log: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(f'extends = "{CONFIG}"\n')
+    plan = read_plan(own, space_in(tmp_path), given(log))
+    own.write_text(f'extends = "{CONFIG}"\n[train]\nseed = 3\n')
+    (tmp_path / "study").mkdir()
+    with pytest.raises(ConfigError, match=r"own\.toml, or what it extends, has changed"):
+        work(plan, tmp_path / "study", "")

@@ -97,7 +97,7 @@ MODEL_REFUSALS = [
     ({"auxiliary": "index", "lookup": "full"}, 'auxiliary = "index" goes with search = "soft"'),
     ({"search": "soft"}, 'auxiliary = "index" goes with search = "soft", and search = "soft" with it'),
     *(
-        ({**SOFT, **other}, 'search = "soft" goes with sequence = "attention" or "stacked"')
+        ({**SOFT, **other}, 'search = "soft" goes with sequence = "attention", "stacked" or "muse"')
         for other in ({"sequence": "collision"}, SASREC)
     ),
     ({**SOFT, "attend": []}, "attend = [] leaves time alone to score"),

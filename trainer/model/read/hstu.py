@@ -43,6 +43,12 @@ class PointwiseLayer(nn.Module):
         for layer in (self.parts, self.out):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+        # U and V begin as one map, and so do Q and K: from independent draws the first scores of equal items
+        # are noise, and so is what a candidate's gate lets through of a behavior like it.
+        with torch.no_grad():
+            gate, value, query, key = self.parts.weight.chunk(4)
+            value.copy_(gate)
+            key.copy_(query)
         self.position = nn.Parameter(torch.randn(positions) * 0.02)
         self.age = nn.Parameter(torch.randn(AGE_BUCKETS) * 0.02)
 
