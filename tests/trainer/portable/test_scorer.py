@@ -37,19 +37,11 @@ CASES = {
     "eta": (preset_log, ()),
     "best": (preset_log, ("data.recent=3", *_FEW)),
     "td_sasrec": (preset_log, ()),
-<<<<<<< HEAD
     "hstu": (preset_log, ()),
     "vista": (preset_log, _FEW),
     "muse": (preset_log, _FEW),
     "stca": (preset_log, ()),
     "longer": (preset_log, ("model.recent=2",)),
-=======
-    "stca": (preset_log, ()),
-    "longer": (preset_log, ("model.recent=2",)),
-    "hstu": (preset_log, ()),
-    "vista": (preset_log, _FEW),
-    "muse": (preset_log, _FEW),
->>>>>>> seqa
     "crocodile": (log_of_tasks, ()),
     "twin_hard": (rich_log, _CONTEXT),
     "dare": (rich_log, _CONTEXT),
