@@ -6,19 +6,21 @@ import torch
 
 from embeddings.errors import ConfigError
 from trainer.assemble import build_model, count_numbers, resolve_groups
+from trainer.config.model import section_of
 from trainer.config.tasks import resolve_tasks
 from trainer.log.schema import LogManifest
 from trainer.run_config import Config
 
 
 def at_length(config: Config, manifest: LogManifest, length: int) -> Config:
-    """The config of a run with another `data.history_length`, where no weight depends on it.
+    """The config of a run with another `data.history_length`, where neither weights nor scales depend on it.
 
     Args:
         manifest: of the run's log; length: L; 0 = that of the run.
 
     Raises:
-        ConfigError: a weight has a row for each place of the history, so that there are none beyond it.
+        ConfigError: a weight has a row for each place of the history, so that there are none beyond it, or
+            a sequence model divides by the length.
     """
     trained = config.data.history_length
     if length in (0, trained):
@@ -34,6 +36,14 @@ def at_length(config: Config, manifest: LogManifest, length: int) -> Config:
             "history that this run was trained at; a model without ranks (model.position = false, and no "
             "sasrec) can be read at another length"
         )
+    for name, branch in config.model.all_branches().items():
+        if branch.sequence_kind.scales_by_longest and not branch.newest:
+            raise ConfigError(
+                f'--history-length {length}: {section_of(name)}.sequence = "{branch.sequence}" divides by '
+                f"the {trained} behaviors of the longest window that this run was trained at, so that every "
+                'score would be another one; only a branch with search = "recent" can be read at another '
+                "length"
+            )
     return other
 
 

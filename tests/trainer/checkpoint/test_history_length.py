@@ -47,7 +47,7 @@ def test_a_model_without_ranks_scores_as_one_of_the_longer_history(log: Path, tm
     ("name", "override", "weight"),
     [
         ("longer", "model.position=true", "branches.main.sequence.time.tables.position"),
-        ("dare", "model.position=true", "branches.main.scorer.bias.tables.position"),
+        ("dare", "model.position=true", "branches.main.sequence.time.tables.position"),
         ("td_sasrec", "model.search=dot", "branches.main.sequence.position"),
     ],
 )
@@ -59,6 +59,14 @@ def test_a_weight_for_each_place_of_the_history_refuses(
     words = rf"--history-length {READ}: {re.escape(weight)} has a row for each of the 12 places"
     with pytest.raises(ConfigError, match=words):
         at_length(config, manifest, READ)
+
+
+def test_a_sum_that_is_divided_by_the_longest_window_refuses(log: Path) -> None:
+    """No weight has another shape, but a history that fits into both lengths would be scored otherwise."""
+    config = preset("vista", log, "model.position=false")
+    words = rf'--history-length {READ}: model.sequence = "vista" divides by the {TRAINED} behaviors'
+    with pytest.raises(ConfigError, match=words):
+        at_length(config, read_manifest(log), READ)
 
 
 @pytest.mark.parametrize("name", ["stca", "td_sasrec", "longer"])

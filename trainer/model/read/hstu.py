@@ -95,6 +95,13 @@ class Hstu(TargetPooling):
     on_windows = True
     needs_stretch = True
     needs_seconds = True
+    scales_by_longest = True
+
+    @classmethod
+    def problem(cls, settings: Any) -> str:
+        if not (settings.position and settings.age):
+            return 'sequence = "hstu" has a bias of places and of ages in any case: leave position and age on'
+        return "" if settings.time_target == "shared" else 'sequence = "hstu" has time_target = "shared"'
 
     @classmethod
     def build(cls, settings: Any, sizes: BranchSizes) -> Hstu:

@@ -63,6 +63,7 @@ class SequenceModel(nn.Module):
         needs_content: it compares pre-trained vectors, which the attention roles must serve.
         needs_stretch: it takes a window for a stretch of the history, the same for all candidates.
         needs_seconds: it is given `Windows.seconds`, of such windows.
+        scales_by_longest: it divides by the longest window that there may be.
         two_towers: its parts are a user's vector, which may know no candidate, and the candidate's.
     """
 
@@ -76,6 +77,7 @@ class SequenceModel(nn.Module):
     needs_content: ClassVar[bool] = False
     needs_stretch: ClassVar[bool] = False
     needs_seconds: ClassVar[bool] = False
+    scales_by_longest: ClassVar[bool] = False
     two_towers: ClassVar[bool] = False
 
     @classmethod

@@ -114,6 +114,7 @@ class Vista(TargetPooling):
     uses = frozenset({"layers", "heads", "head_dim"})
     on_windows = True
     needs_stretch = True
+    scales_by_longest = True
 
     @classmethod
     def problem(cls, settings: Any) -> str:
