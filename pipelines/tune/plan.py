@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,24 @@ class StudyPlan:
     def outside(self) -> list[str]:
         """Why the configuration as it is, is no point of the space; empty if it is one."""
         tree = self.base.model_dump(mode="json")
-        return [f"{each.name}: {why}" for each in self.parameters if (why := each.default(tree)[1])]
+        found = [f"{each.name}: {why}" for each in self.parameters if (why := each.default(tree)[1])]
+        return found or self._brought_along
+
+    @cached_property
+    def _brought_along(self) -> list[str]:
+        """What else changes where parameters are set to what the configuration has anyway.
+
+        A key that is set may decide what another one is by default: `init_scale` alone makes `init` uniform.
+        """
+        same = load_config(self.config, self.overrides(self.defaults))
+        if same == self.base:
+            return []
+        there, here = (dict(flat_settings(each.model_dump(mode="json"))) for each in (same, self.base))
+        keys = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+        key = next(iter(keys), "another key")
+        return [
+            f"a trial that sets its keys has {key} = {there.get(key)}, and not {here.get(key)}; set {key}"
+        ]
 
     def fixed(self, number: int) -> dict[str, Any]:
         """What is not left to the sampler in a trial: its first one is the configuration as it is."""

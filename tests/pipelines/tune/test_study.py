@@ -117,6 +117,16 @@ def test_validations_that_are_repeated_count_once(plan: StudyPlan, tmp_path: Pat
     assert study.trials[0].intermediate_values == {2: 0.6, 4: 0.7}
 
 
+def test_a_key_that_changes_others_is_not_the_configuration_as_it_is(log: Path, tmp_path: Path) -> None:
+    """Its first scale, set alone, makes the numbers of a group that is scored uniform, which were normal."""
+    text = '[parameters]\n"groups.attention.init_scale" = { low = 0.1, high = 1.0 }\n'
+    plan = plan_of(tmp_path / "plan", log, STUDY, BUDGET, text)
+    (why,) = plan.outside
+    assert "groups.attention.init = uniform, and not normal; set groups.attention.init" in why
+    said = plan_of(tmp_path / "said", log, STUDY, BUDGET, text, groups__attention__init="normal")
+    assert said.outside == [] and said.defaults == {"groups.attention.init_scale": 0.25}
+
+
 def test_a_grid_is_walked_through_once(log: Path, tmp_path: Path) -> None:
     text = STUDY.replace("trials = 4", 'trials = 9\nsampler = "grid"')
     plan = plan_of(tmp_path / "plan", log, text, BUDGET, GRID)
