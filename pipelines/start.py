@@ -168,6 +168,7 @@ class Start:
                 # Ranks read different rows of large files, some for longer than a collective waits.
                 more = similarity_features(self.config.data)
                 given = source, log, self.manifest, heads, carry, self.config.id_rules, more
+                given += (self.config.given_groups,)
                 every = from_every_rank(lambda: fill(tensors, *given), slow=True)
                 lines.extend(every[0])
 
@@ -292,7 +293,8 @@ def try_out(start: Start, say: Say) -> None:
         source = start.config.train.init_from
         if source and start.resume.path is None:
             place, ids = place_of("train.init_from", source), start.config.id_rules
-            from_rank_0(lambda: check_source(built[0], start.heads, place, ids))
+            given = start.config.given_groups
+            from_rank_0(lambda: check_source(built[0], start.heads, place, ids, given))
     if start.validation is not None:
         _first(start.validation)
     if start.manifest.holds("test"):

@@ -130,10 +130,19 @@ class Config(Settings):
             raise ValueError(f"{key}: {problem}")
         return self
 
+    @property
+    def given_groups(self) -> frozenset[str]:
+        """The groups whose rows are pre-trained vectors."""
+        return frozenset(name for name, group in self.groups.items() if group.vectors)
+
     def with_first_weights(self) -> Config:
         """The same with the first weights of every group as if they had been given."""
         scored = set[str]().union(*(each.scored_groups for each in self.model.all_branches().values()))
-        groups = {name: group.with_first_weights(name in scored) for name, group in self.groups.items()}
+        groups = {
+            # What draws no numbers keeps what was given, so that it can be said to have no effect.
+            name: group if group.vectors else group.with_first_weights(name in scored)
+            for name, group in self.groups.items()
+        }
         return self.model_copy(update={"groups": groups})
 
     @property
@@ -209,7 +218,7 @@ class Config(Settings):
 
     def _check_content(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if groups name vectors that there are not, or a branch lacks those it compares."""
-        for problem in against_vectors(self.groups, self.data.vectors):
+        for problem in against_vectors(self.groups, self.data.vectors, self.ids):
             raise ValueError(problem)
         roles = settings.roles
         if settings.sequence_kind.needs_content and not (

@@ -42,6 +42,14 @@ def test_dare_and_twin_differ_in_their_groups_only() -> None:
     assert dare.model.model_dump(exclude={"roles"}) == twin.model.model_dump(exclude={"roles"})
 
 
+def test_a_group_begins_like_one_that_has_numbers_of_its_own() -> None:
+    """Numbers follow from the name that `init_like` says, so a chain of groups would not begin alike."""
+    chain = ["groups.query.init_like=target", "groups.target.init_like=value", "groups.value.init_like="]
+    with pytest.raises(ConfigError, match=r"init_like = '(query|target)', which itself begins like"):
+        load_config(CONFIGS / "twin_4e.toml", chain)
+    assert load_config(CONFIGS / "twin_4e.toml").groups["key"].init_like == "query"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

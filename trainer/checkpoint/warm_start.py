@@ -10,7 +10,7 @@ are of all its tasks together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +160,7 @@ def fill(
     carry: bool,
     ids: Mapping[str, IdRules] | None = None,
     more: Mapping[str, TableFeature] | None = None,
+    given: Collection[str] = (),
 ) -> list[str]:
     """Put the source's weights into a model's tensors, this rank's shards of them.
 
@@ -169,6 +170,7 @@ def fill(
         carry: fill the rows' optimizer accumulators too.
         ids: rules of the new run's maps of ids that come and go; rows stay those of the same ids.
         more: features of tables that the log does not have.
+        given: groups whose rows come from a file of the new run, and stay those.
 
     Returns:
         Lines that say what was found.
@@ -177,7 +179,7 @@ def fill(
         CheckpointError: a table or dense weight is missing, or has another width or shape.
         DataError: a vocabulary is missing or damaged, or holds values of another type.
     """
-    model: Mapping[str, Any] = tensors["model"]
+    model = _without(tensors["model"], given)
     check_ids(source.name, source.manifest.ids, ids or {})
     tables = {table_of(name): name for name in model if table_of(name) in source.manifest.tables}
     new = _check_tables(model, source, heads)
@@ -186,7 +188,10 @@ def fill(
         _check_same_values(name, known, source)
     if new:
         lines.append(f"tables with first weights, of sets of new tasks: {', '.join(new)}")
-    if left := [table for table in source.manifest.tables if table not in tables]:
+    kept = [each for each in source.manifest.tables if (of := TableName.of(each)) and of.group in given]
+    if kept:
+        lines.append(f"not taken over, since their rows are those of a file: {', '.join(kept)}")
+    if left := [table for table in source.manifest.tables if table not in {*tables, *kept}]:
         lines.append(f"not taken over, since this model has no such tables: {', '.join(left)}")
     mixed = {str(table.main) for table in map(TableName.of, map(table_of, model)) if table and table.lane}
     if carry and mixed:
@@ -218,8 +223,12 @@ def fill(
     return lines
 
 
-def check_source(model: nn.Module, heads: TaskHeads, path: Path, ids: Mapping[str, IdRules]) -> None:
+def check_source(
+    model: nn.Module, heads: TaskHeads, path: Path, ids: Mapping[str, IdRules], given: Collection[str] = ()
+) -> None:
     """Whether a model could start with weights from there, without reading all of them; one process.
+
+    `given`: groups whose rows come from a file of the new run.
 
     Raises:
         CheckpointError: what is there is damaged, or does not fit; of a run, it has nothing to start with.
@@ -227,11 +236,21 @@ def check_source(model: nn.Module, heads: TaskHeads, path: Path, ids: Mapping[st
     if (path / "checkpoints").is_dir():
         find_to_use(path / "checkpoints", "newest", alone=True)
         return
-    source, weights = open_plain_tables(path), model.state_dict()
+    source, weights = open_plain_tables(path), _without(model.state_dict(), given)
     check_ids(source.name, source.manifest.ids, ids)
     _check_tables(weights, source, heads)
     dense = _dense(weights).items()
     fill_dense({name: torch.empty_like(weight, device="meta") for name, weight in dense}, source, heads)
+
+
+def _without(model: Mapping[str, Any], groups: Collection[str]) -> dict[str, Any]:
+    """Weights without the tables of some groups."""
+    of_tables = {name: TableName.of(table_of(name)) for name in model}
+    return {
+        name: weight
+        for name, weight in model.items()
+        if (table := of_tables[name]) is None or table.group not in groups
+    }
 
 
 def _dense(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,11 +160,29 @@ def against_init_like(groups: Mapping[str, GroupConfig]) -> Iterator[str]:
         if group.init_like and group.init_like not in others:
             there = ", ".join(others) or "there is none"
             yield f"groups.{name}.init_like = {group.init_like!r} is no other group: {there}"
+        elif group.init_like and (first := groups[group.init_like].init_like):
+            yield (
+                f"groups.{name}.init_like = {group.init_like!r}, which itself begins like {first!r}: name a "
+                "group with numbers of its own"
+            )
+        elif group.init_like and groups[group.init_like].vectors:
+            yield f"groups.{name}.init_like = {group.init_like!r}, whose rows are pre-trained and not drawn"
 
 
-def against_vectors(groups: Mapping[str, GroupConfig], known: Collection[str]) -> Iterator[str]:
-    """What is wrong with the vectors that groups name; `known`: those of [data.vectors]."""
+def against_vectors(
+    groups: Mapping[str, GroupConfig], known: Collection[str], ids: Collection[str] = ()
+) -> Iterator[str]:
+    """What is wrong with the vectors that groups name.
+
+    Args:
+        known: those of [data.vectors]; ids: features whose ids come and go.
+    """
     for name, group in groups.items():
+        if group.vectors and (moving := [each for each in group.features or () if each in ids]):
+            yield (
+                f"groups.{name}.vectors: ids.{moving[0]} gives rows to ids as they come, and a file has one "
+                f"for each id of the log; leave [ids.{moving[0]}] out"
+            )
         if group.vectors and group.vectors not in known:
             there = ", ".join(known) or "none"
             yield f"groups.{name}.vectors = {group.vectors!r}: [data.vectors] has {there}"

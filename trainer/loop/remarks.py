@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from embeddings.groups import TableGroup
 from trainer.config.model import CONTEXT_ROLES, section_of
-from trainer.config.phases import DENSE, GROUP, TABLES
+from trainer.config.phases import DENSE, GROUP, TABLES, PhaseConfig
 from trainer.config.similarity import without_effect
 from trainer.config.tasks import Task, resolve_tasks
 from trainer.config.toml import Settings
@@ -25,6 +25,11 @@ _SPLITS = ("train", "validation", "test")
 _OTHER = {"candidate": "history", "history": "candidate"}
 # What the presets say; whoever sets steps beside it has said enough.
 _TYPICAL_WARMUP = 0.08
+# Settings of a group that say how its rows begin and are trained.
+_OF_TRAINED_ROWS = (
+    *("optimizer", "learning_rate", "eps", "max_gradient", "stochastic_rounding"),
+    *("init", "init_scale", "init_like"),
+)
 # Measuring so many domains may take longer than scoring their candidates.
 _MANY_DOMAINS = 1000
 
@@ -197,6 +202,7 @@ def _of_phases(config: Config) -> Iterable[str]:
             yield f'{where}.average.decay (average.kind is "{average.kind}")'
         if average.on and not average.adopt and place + 1 < len(config.phases):
             yield f"{where}.average (it ends with the phase, which is not the last one, and is not adopted)"
+        yield from _of_given(config.given_groups, phase, where)
         for group in phase.table_learning_rates:
             if {TABLES, f"{GROUP}{group}"} & set(phase.freeze):
                 yield f"{where}.table_learning_rates.{group} (the group is frozen)"
@@ -204,10 +210,25 @@ def _of_phases(config: Config) -> Iterable[str]:
             yield f"{where}.learning_rate (everything dense is frozen)"
 
 
+def _of_given(groups: Iterable[str], phase: PhaseConfig, where: str) -> Iterable[str]:
+    """What a phase does to groups whose rows are pre-trained, which nothing changes."""
+    for group in sorted(groups):
+        if group in phase.table_learning_rates:
+            yield f"{where}.table_learning_rates.{group} (its rows are pre-trained, and nothing trains them)"
+        for key in ("freeze", "train", "reset", "reset_state"):
+            if f"{GROUP}{group}" in getattr(phase, key):
+                yield f"{where}.{key} = '{GROUP}{group}' (its rows are pre-trained, and stay)"
+
+
 def _of_rest(config: Config) -> list[str]:
     data, train = config.data, config.train
     search = data.search
-    unused = []
+    unused = [
+        f"groups.{name}.{key} (its rows are pre-trained: groups.{name}.vectors)"
+        for name in sorted(config.given_groups)
+        for key in _OF_TRAINED_ROWS
+        if _changed(config.groups[name], key)
+    ]
     if not search.levels:
         unused += [
             f"data.search.{key} (data.search.levels is empty)"

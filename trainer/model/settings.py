@@ -163,6 +163,14 @@ class BranchConfig(_BranchKeys):
         }
         return {key: pair for key, pair in features.items() if pair[0]}
 
+    @property
+    def _shares_tables(self) -> bool:
+        """Whether there are stages, or roles, that could have tables of time together."""
+        roles, both = self.roles, {"scores", "values"} <= set(self.time_in)
+        scored = {roles.attention_target, roles.attention_behavior}
+        pooled = {roles.representation_target, roles.representation_behavior}
+        return self.searches and (self.time == "concat" or (both and len(scored | pooled) == 1))
+
     def keys_with_effect(self) -> set[str]:
         """Those of `CONDITIONAL_KEYS` that make a difference to this branch."""
         marks = self.position or self.age or self.level
@@ -173,7 +181,7 @@ class BranchConfig(_BranchKeys):
             "head_dim": self.projection == "heads",
             "time_dim": marks
             and (self.time == "concat" or (self.time_target == "target" and self.time == "bias")),
-            "time_tables": marks,
+            "time_tables": marks and self._shares_tables,
             "time_group": self.time_target != "shared",
             "attention_owner": self.searches,
         }
@@ -202,6 +210,9 @@ class BranchConfig(_BranchKeys):
                 bool(self.roles.cross)
                 and "values" in self.cross_in
                 and (not self.sequence_kind.takes_cross or self.heads == 1)
+            ),
+            "cross_in = [] leaves roles.cross to nobody: name scores or values, or leave roles.cross out": (
+                bool(self.roles.cross) and not self.cross_in
             ),
             'heads > 1 needs projection = "heads"': (
                 self.heads > 1 and self.projection != "heads" and "heads" not in self.sequence_kind.uses

@@ -90,6 +90,14 @@ BRANCH_REFUSALS = [
         "behavior of every request",
     ),
 ]
+BRANCH_REFUSALS += [
+    ({"sequence": "hstu", key: False}, 'sequence = "hstu" has a bias of places and of ages in any case')
+    for key in ("position", "age")
+]
+BRANCH_REFUSALS += [
+    ({"roles": {"cross": "attention"}, "cross_in": []}, "cross_in = [] leaves roles.cross to nobody"),
+    ({"sequence": "hstu", "time_target": "joint", **GROUPED}, 'sequence = "hstu" has time_target = "shared"'),
+]
 MODEL_REFUSALS = [
     ({"branches": {"main": {}}}, 'branches.main: the section [model] is the branch "main" itself'),
     ({"auxiliary": "softmax"}, 'auxiliary needs lookup = "full"'),

@@ -45,6 +45,24 @@ class Muse(TargetPooling):
     scores_values = True
 
     @classmethod
+    def problem(cls, settings: Any) -> str:
+        """Its search compares contents alone; nothing would train what is in that score besides."""
+        marks = settings.position or settings.age or settings.level
+        besides = {
+            'time_in = ["values"]': marks and "scores" in settings.time_in,
+            'cross_in = ["values"], or no roles.cross': (
+                bool(settings.roles.cross) and "scores" in settings.cross_in
+            ),
+            'projection = "none"': settings.projection != "none",
+            'score = "dot"': settings.score != "dot",
+            'weights = "softmax"': settings.weights != "softmax",
+            "no attention_owner": bool(settings.attention_owner),
+        }
+        wanted = next((want for want, missing in besides.items() if missing), "")
+        words = 'sequence = "muse" searches by contents alone and has attention of its own: it takes'
+        return f"{words} {wanted}" if wanted else ""
+
+    @classmethod
     def build(cls, settings: Any, sizes: BranchSizes) -> Muse:
         width, time = sizes.representation.width, sizes.encoding()
         return cls(width, settings.content_tiers, time, target_aware=settings.target_aware)

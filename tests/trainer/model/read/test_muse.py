@@ -29,9 +29,11 @@ from tests.helpers.models import (
     with_ids,
 )
 from tests.helpers.stretches import Array, mapped, numbers
+from trainer.assemble import resolve_groups
 from trainer.data.similarity.directions import LENGTH, directions_of
 from trainer.data.similarity.given_rows import rows_of_vectors
 from trainer.log.schema import read_manifest
+from trainer.loop.remarks import remarks
 from trainer.model.frame import TwoStageModel
 from trainer.model.read.muse import Muse
 from trainer.model.read.sequence import Behaviors
@@ -195,6 +197,15 @@ REFUSALS = [
     (["groups.content.sets=2"], "vectors are the rows of one table"),
     (['groups.content.features=["item_id", "category_id"]'], "vectors are the rows of one table"),
     (["groups.content.dtype=fp16"], "vectors are the rows of one table"),
+    (["ids.item_id.capacity=100"], r"groups.content.vectors: ids.item_id gives rows to ids as they come"),
+    (["groups.representation.init_like=content"], "whose rows are pre-trained and not drawn"),
+    (
+        ['model.time_in=["scores", "values"]'],
+        r'searches by contents alone .* it takes time_in = \["values"\]',
+    ),
+    (["model.projection=heads"], r'it takes projection = "none"'),
+    (["model.weights=sigmoid"], r'it takes weights = "softmax"'),
+    (["model.attention_owner=click"], "it takes no attention_owner"),
 ]
 
 
@@ -202,6 +213,26 @@ REFUSALS = [
 def test_groups_that_are_no_contents_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(ROOT / "configs/muse.toml", words)
+
+
+def test_what_would_train_contents_is_said_to_have_no_effect(tmp_path: Path) -> None:
+    """A group of pre-trained rows takes settings of trained ones; none of them is dropped in silence."""
+    words = ["groups.content.learning_rate=0.3", "groups.content.init_scale=0.1"]
+    phase = 'phases=[{name="one", passes=1, freeze=["groups.content"], table_learning_rates={content=0.1}}]'
+    config = preset("muse", small_log(tmp_path / "log"), *words, phase)
+    manifest = read_manifest(config.data.log)
+    (line,) = [
+        each for each in remarks(config, manifest, resolve_groups(config, manifest)) if "content" in each
+    ]
+    for part in (
+        "groups.content.learning_rate (its rows are pre-trained",
+        "groups.content.init_scale (its rows are pre-trained",
+        "phases.0.freeze = 'groups.content' (its rows are pre-trained",
+        "phases.0.table_learning_rates.content (its rows are pre-trained",
+    ):
+        assert part in line
+    lines = remarks(load_config(ROOT / "configs/muse.toml"), manifest, resolve_groups(config, manifest))
+    assert not any("content" in each for each in lines)
 
 
 def test_files_of_other_vectors_are_refused(tmp_path: Path) -> None:
