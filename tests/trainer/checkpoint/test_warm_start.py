@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +84,7 @@ def plain(old: Path) -> Path:
 
 
 def filled(
-    config: Config, source: Path, ranks: Ranks, carry: bool = True
+    config: Config, source: Path, ranks: Ranks, carry: bool = True, given: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[str]]:
     """Weights and accumulators of a new run, whole, and what it was told."""
     manifest = read_manifest(config.data.log)
@@ -93,7 +93,7 @@ def filled(
     tensors = {"model": sharded.model.state_dict(), "optim": optimizer.state_dict()}
     with open_source(source, source.parent / "scratch.tmp") as tables:
         heads = TaskHeads.of(config.model, resolve_tasks(config.tasks, manifest.tasks))
-        lines = fill(tensors, tables, config.data.log, manifest, heads, carry)
+        lines = fill(tensors, tables, config.data.log, manifest, heads, carry, given=given)
     assert not (source.parent / "scratch.tmp").exists()
     state = tensors["optim"]["state"][STATE.split(".state.", 1)[1].rsplit(f".{TABLE}.m", 1)[0]]
     accumulator = state[f"{TABLE}.momentum1"].local_shards()[0].tensor
@@ -128,6 +128,22 @@ def test_the_same_vocabulary_gives_the_same_bits(
             assert torch.equal(tensor, trained[name]), name
     assert float(trained[STATE].sum()) > 0
     assert not filled(config(other), plain, ranks, carry=False)[0][STATE].any()
+
+
+def test_rows_of_a_file_are_not_those_of_the_source(
+    old: Path, plain: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Vectors of two files may have nothing in common: old rows beside new ones would mean nothing."""
+    other = config(name_items(small_log(tmp_path / "log", seed=2), NAMES))
+    first = build_sharded(other, read_manifest(other.data.log), ranks).model.state_dict()
+    trained, (tensors, lines) = parameters(old / "run"), filled(other, plain, ranks, given={"attention"})
+    for name, weight in first.items():
+        of_file = name.startswith("collections.attention.")
+        wanted = whole_tensor(weight) if of_file else trained[f"model.{name}"]
+        assert torch.equal(tensors[f"model.{name}"], wanted), name
+    assert any(
+        line.startswith("not taken over, since their rows are those of a file: attention__") for line in lines
+    )
 
 
 def test_sets_are_unsharded_and_start_those_of_their_own_names(
