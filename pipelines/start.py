@@ -166,9 +166,8 @@ class Start:
 
             def filled(tensors: dict[str, Any]) -> None:
                 # Ranks read different rows of large files, some for longer than a collective waits.
-                more = similarity_features(self.config.data)
-                given = source, log, self.manifest, heads, carry, self.config.id_rules, more
-                given += (self.config.given_groups,)
+                more, of_files = similarity_features(self.config.data), self.config.given_groups
+                given = source, log, self.manifest, heads, carry, self.config.id_rules, more, of_files
                 every = from_every_rank(lambda: fill(tensors, *given), slow=True)
                 lines.extend(every[0])
 
