@@ -47,7 +47,7 @@ def test_a_model_without_ranks_scores_as_one_of_the_longer_history(log: Path, tm
     ("name", "override", "weight"),
     [
         ("longer", "model.position=true", "branches.main.sequence.time.tables.position"),
-        ("dare", "model.position=true", "branches.main.scorer.bias.tables.position"),
+        ("dare", "model.position=true", "branches.main.sequence.time.tables.position"),
         ("td_sasrec", "model.search=dot", "branches.main.sequence.position"),
     ],
 )
