@@ -69,6 +69,7 @@ class SharedStudy:
     folder: Path
     url: str = ""
     study: optuna.Study = field(init=False)
+    _storage: BaseStorage = field(init=False)
     _trial: Trial | None = field(init=False, default=None)
     _held: ExitStack = field(init=False, default_factory=ExitStack)
 
@@ -78,6 +79,7 @@ class SharedStudy:
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with self.alone():
+            self._storage = _opened(self.folder, self.url)
             self.study = self._open()
             self._check_same()
 
@@ -155,8 +157,9 @@ class SharedStudy:
         for each in trials:
             if each.state == TrialState.RUNNING and self._take(each.number):
                 self.study.sampler = sampler_of(self.plan.settings, each.number)
-                # Optuna has no public name for the key of a trial in its storage.
-                return Trial(self.study, each._trial_id)
+                study = self._storage.get_study_id_from_name(self.study.study_name)
+                key = self._storage.get_trial_id_from_study_id_trial_number(study, each.number)
+                return Trial(self.study, key)
         return None
 
     def _new(self, trials: list[FrozenTrial]) -> Trial | None:
@@ -188,7 +191,7 @@ class SharedStudy:
         direction: Literal["minimize", "maximize"] = "minimize" if self.plan.lower_is_better else "maximize"
         try:
             return optuna.create_study(
-                storage=_storage(self.folder, self.url),
+                storage=self._storage,
                 study_name=file.read_text(encoding="utf-8"),
                 direction=direction,
                 pruner=pruner_of(self.plan.settings, self.plan.base.train.validate_every),
@@ -225,7 +228,7 @@ def _suggested(trial: Trial, name: str, distribution: Any) -> Any:
     return trial.suggest_float(name, low, high, step=step, log=distribution.log)
 
 
-def _storage(folder: Path, url: str) -> BaseStorage:
+def _opened(folder: Path, url: str) -> BaseStorage:
     """A journal in the folder, or a database.
 
     Raises:

@@ -408,7 +408,7 @@ def test_every_component_runs(tmp_path: Path) -> None:
     windows = online(*told, config=config, stream=str(stream), out=str(tmp_path / "online"))
     assert "samples in 2 steps" in started(windows)
     there = [name for name, each in vars(components).items() if _is_component(each)]
-    assert sorted(there) == ["evaluate", "export", "online", "plan", "train"], "each is run here"
+    assert sorted(there) == ["evaluate", "export", "online", "plan", "train", "tune"], "each is run"
 
 
 def _is_component(each: object) -> bool:

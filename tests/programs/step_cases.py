@@ -40,6 +40,7 @@ SMALL = [
     "data.history_length=12", "data.batch_candidates=6", "data.requests_per_block=2", "data.prefetch=0",
     "model.k=4", "model.hidden=[8]", "train.seed=5", "train.learning_rate=0.01",
     "groups.attention.dim=8", "groups.representation.dim=8", "groups.representation.init_scale=0.7",
+    "groups.attention.init=uniform",
 ]  # fmt: skip
 CONTEXT = ['groups.user.features=["city","segments"]', "groups.user.dim=4", 'model.roles.context="user"']
 # The head and the one of the auxiliary loss run twice; one task is the product of two others.

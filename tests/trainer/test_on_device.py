@@ -59,35 +59,37 @@ LAUNCHES = {
     "dare_pointwise": 223,
     "dare_search": 200,
     "din": 163,
-    "dpe": 222,
-    "dsi_tin": 357,
+    "dpe": 224,
+    "dsi_tin": 359,
     "esmm": 291,
     "hstu": 332,
     "eta": 237,
+    "longer": 665,
     "mmoe": 252,
     "multi_embedding": 287,
-    "multi_embedding_twin": 747,
+    "multi_embedding_twin": 751,
     "muse": 373,
     "pepnet": 293,
     "ple": 348,
     "sdim": 158,
     "shared_bottom": 240,
-    "sim_hard": 236,
+    "sim_hard": 238,
     "sim_soft": 325,
+    "stca": 282,
     "stacked_tin": 283,
     "stem": 303,
-    "stem_twin": 681,
+    "stem_twin": 685,
     "td_sasrec": 233,
-    "tdpe": 252,
-    "tin": 188,
-    "twin": 534,
+    "tdpe": 254,
+    "tin": 190,
+    "twin": 538,
     "twin_3e": 235,
     "twin_4e": 247,
-    "twin_hard": 187,
+    "twin_hard": 188,
     "twin_no_tr": 189,
     "twin_paper_dare": 194,
     "twin_proj": 250,
-    "twin_v2": 562,
+    "twin_v2": 564,
     "vista": 413,
 }
 ADVICE = "If that is meant, say in the commit why it is worth it, and set LAUNCHES in test_on_device.py to"
@@ -241,6 +243,8 @@ def test_losses_of_several_tasks_wait_for_nothing(rank: str, pairs: str, tmp_pat
     log = write_log(tmp_path / "log", {"train": enrich(random_rows(3), 3)}, rich=True)
     tasks = [f"tasks.click.rank={rank}", f"tasks.click.pairs={pairs}", "tasks.buy.loss=focal"]
     few = ['groups.attention.features=["item_id"]', 'groups.representation.features=["item_id"]']
+    # Sharper scores pass gradients of almost 0 to some weights, whose first step Adam takes by their sign.
+    few.append("groups.attention.init=uniform")
     if pairs == "domain":
         few[1:] = ['groups.representation.features=["item_id", "category_id"]', "data.domain=category_id"]
     config = load_config(ROOT / "configs/dare.toml", [f"data.log={log}", *SMALL, *tasks, *few])

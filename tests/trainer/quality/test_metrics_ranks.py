@@ -71,7 +71,7 @@ def _evaluate_from_files(run: Path, _: Path) -> Any:
 
 def _train(log: Path, run: Path, sharding: str, _: Path) -> None:
     settings = {**SETTINGS, "data.log": str(log), "data.sharding": sharding, "train.epochs": 2}
-    settings["data.domain"] = "category_id"
+    settings |= {"data.domain": "category_id", "groups.attention.init": "uniform"}
     train(ROOT / "configs/dare.toml", run, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 

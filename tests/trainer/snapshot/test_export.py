@@ -190,7 +190,8 @@ def test_projected_vectors_are_written_where_they_are_asked_for(
     one, other = load_snapshot(bare), load_snapshot(whole)
     # They are not even read when a server starts, which a damaged one would else refuse to.
     file = next((whole / "search").glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    held = file.read_bytes()
+    file.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
     load_snapshot(whole)
     with pytest.raises(SnapshotError, match="does not match the manifest"):
         load_search(whole)

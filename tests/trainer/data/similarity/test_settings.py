@@ -142,7 +142,7 @@ def test_what_is_not_used_is_told(folder: Path) -> None:
     )
     told = "\n".join(remarks(config, manifest, resolve_groups(config, manifest)))
     assert "not used: data.similarity.near; name it in groups.<name>.features" in told
-    assert "data.vectors.more (no similarity names it)" in told
+    assert "data.vectors.more (no similarity and no group names it)" in told
     assert 'data.similarity.near.top (statistic is "max")' in told
     assert 'data.similarity.near.tiers (statistic is "max")' in told
 
