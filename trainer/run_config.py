@@ -354,7 +354,7 @@ def _build_group(
         name,
         tables,
         optimizer,
-        group.first_weights,
+        group.first_weights(),
         *kinds,
         sets=tuple(sets),
         like=group.init_like,

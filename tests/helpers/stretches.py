@@ -98,3 +98,12 @@ def mapped(x: Array, linear: torch.nn.Linear) -> Array:
     """A linear map of one vector."""
     found: Array = numbers(linear.weight) @ x
     return found if linear.bias is None else found + numbers(linear.bias)
+
+
+def check_empty_history(model: torch.nn.Module, behaviors: Behaviors) -> None:
+    """Windows that hold nothing give finite parts, and finite gradients to all that gets any."""
+    nothing = replace(behaviors.windows, mask=torch.zeros_like(behaviors.windows.mask))
+    parts = model(replace(behaviors, windows=nothing), None)
+    torch.cat(parts, dim=1).square().sum().backward()
+    assert all(torch.isfinite(part).all() for part in parts)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -97,17 +97,15 @@ class GroupConfig(Settings):
     """How updated fp16 rows are rounded on a GPU. `true` rounds at random to one of the two nearest numbers,
     so that small updates are not lost; `false` rounds to the nearest, as on a CPU. Not set means `true`."""
 
-    @property
-    def first_weights(self) -> FirstWeights:
-        """The distribution of the first weights, see `with_first_weights`."""
-        kind = self.init or "uniform"
+    def first_weights(self, scored: bool = False) -> FirstWeights:
+        """The distribution of the first weights; `scored`: the group's vectors are."""
+        kind = self.init or ("normal" if scored and self.init_scale is None else "uniform")
         return FirstWeights(kind, self.init_scale or FIRST_SCALES[kind])
 
     def with_first_weights(self, scored: bool) -> GroupConfig:
-        """The same with `init` and `init_scale` as if they had been given; `scored`: its vectors are."""
-        kind = self.init or ("normal" if scored and self.init_scale is None else "uniform")
-        scale = self.init_scale or FIRST_SCALES[kind]
-        return self.model_copy(update={"init": kind, "init_scale": scale})
+        """The same with `init` and `init_scale` as if they had been given."""
+        first = self.first_weights(scored)
+        return self.model_copy(update={"init": first.kind, "init_scale": first.scale})
 
     @model_validator(mode="before")
     @classmethod

@@ -35,7 +35,14 @@ class TimeVectors(MarkTables):
         )
 
 
-class EncodingBias(TimeBias):
+class BorrowedBias(TimeBias):
+    """A score of marks whose tables are others'; `scalars` has it for every value of a mark."""
+
+    def most(self) -> float:
+        return sum(float(self.scalars(name).abs().max()) for name in self.rows)
+
+
+class EncodingBias(BorrowedBias):
     """The score of the encodings alone: <t, p> / sqrt(D), with the encodings t and p of target and behavior.
 
     It is what TIN's score has of time where the features' vectors are left out. The tables are those of the
@@ -63,11 +70,8 @@ class EncodingBias(TimeBias):
         behavior_GMD = table.view(-1, self.rows[name], self.dim)
         return (behavior_GMD * target_GD[: behavior_GMD.shape[0], None]).sum(2).reshape(-1)
 
-    def most(self) -> float:
-        return sum(float(self.scalars(name).abs().max()) for name in self.rows)
 
-
-class VectorBias(TimeBias):
+class VectorBias(BorrowedBias):
     """The score of vectors that stand beside the features': <q[0], k[mark]> / sqrt(dim), each mark by itself.
 
     DARE's code: the target is always at mark 0, so this is a scalar a rank; it is trained as a product here.
@@ -90,9 +94,6 @@ class VectorBias(TimeBias):
         key_MD = _mapped(self.key, name, behavior.tables[name])
         scalar_M: Tensor = (key_MD * (query_D * self.dim**-0.5)).sum(1)
         return scalar_M
-
-    def most(self) -> float:
-        return sum(float(self.scalars(name).abs().max()) for name in self.rows)
 
 
 class TimeColumns(TimeEncoding):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.model.ops.bags import rows_at
 from trainer.model.ops.traced import is_traced
+from trainer.model.read.multi_head import join_heads, split_heads
 from trainer.model.read.sequence import Behaviors, TargetPooling
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import AGE_BUCKETS, age_bucket
@@ -55,7 +56,7 @@ class PointwiseLayer(nn.Module):
     def project(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[W, n, D] -> U [W, n, H d], and V, Q, K [W, H, n, d]."""
         gate, *others = F.silu(self.parts(self.norm(state))).chunk(4, dim=2)
-        value, query, key = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in others)
+        value, query, key = (split_heads(part, self.heads) for part in others)
         return gate, value, query, key
 
     def bias(self, position: Tensor, bucket: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class PointwiseLayer(nn.Module):
 
     def updated(self, state: Tensor, gate: Tensor, pooled: Tensor) -> Tensor:
         """State, U and what was pooled, [W, H, n, d] -> the next state [W, n, D]."""
-        updated: Tensor = state + self.out(self.norm_pooled(pooled.transpose(1, 2).flatten(2)) * gate)
+        updated: Tensor = state + self.out(self.norm_pooled(join_heads(pooled)) * gate)
         return updated
 
 

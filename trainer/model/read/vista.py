@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from trainer.config.model import BranchKeys
 from trainer.model.ops.bags import rows_at
+from trainer.model.read.multi_head import join_heads, split_heads
 from trainer.model.read.sequence import Behaviors, TargetPooling
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeEncoding
@@ -47,8 +48,8 @@ class QuasiLinearLayer(nn.Module):
     def memory(self, normed: Tensor, mask: Tensor) -> Tensor:
         """What tokens leave to be read: normed states [W, n, D] and their mask [W, n] -> [W, H, d, d]."""
         # A key of nothing is not nothing, but its value is.
-        value = self._of_heads(self.value(normed) * mask[:, :, None])
-        key = self._of_heads(F.silu(self.key(normed)))
+        value = split_heads(self.value(normed) * mask[:, :, None], self.heads)
+        key = split_heads(F.silu(self.key(normed)), self.heads)
         memory: Tensor = F.silu(key.transpose(2, 3) @ value * self.scale)
         return memory
 
@@ -57,16 +58,11 @@ class QuasiLinearLayer(nn.Module):
         normed = self.norm(state)
         memory = self.memory(normed, mask)
         reading = normed[:, normed.shape[1] - read :]
-        pooled = (self._of_heads(F.silu(self.query(reading))) @ memory).transpose(1, 2).flatten(2)
+        pooled = join_heads(split_heads(F.silu(self.query(reading)), self.heads) @ memory)
         state = state[:, state.shape[1] - read :] + self.out(self.norm_pooled(pooled))
         normed = self.norm_gated(state)
         next_state: Tensor = state + self.down(self.gate(normed) * self.up(normed))
         return next_state
-
-    def _of_heads(self, part: Tensor) -> Tensor:
-        """[W, n, H d] -> [W, H, n, d]."""
-        of_heads: Tensor = part.unflatten(2, (self.heads, -1))
-        return of_heads.transpose(1, 2)
 
 
 class SummaryAttention(nn.Module):
@@ -88,11 +84,11 @@ class SummaryAttention(nn.Module):
         """Candidates [W, n, D] and tokens [W, S, D] -> [W, n, D]."""
         tokens = self.norm_tokens(tokens)
         query, key, value = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            split_heads(part, self.heads)
             for part in (self.query(self.norm(state)), self.key(tokens), self.value(tokens))
         )
         weight = (query @ key.transpose(2, 3) * query.shape[3] ** -0.5).softmax(3)
-        state = state + self.out((weight @ value).transpose(1, 2).flatten(2))
+        state = state + self.out(join_heads(weight @ value))
         next_state: Tensor = state + self.hidden(self.norm_hidden(state))
         return next_state
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.helpers.models import MARK_ROWS, draw, drawing, drawn_behaviors, drawn_windows
+from tests.helpers.stretches import check_empty_history
 from tests.trainer.model.read.test_stca import alone
 from trainer.model.read import longer
 from trainer.model.read.longer import Block, MergedTokens
@@ -198,9 +199,4 @@ def test_groups_follow_the_newest_behavior() -> None:
 def test_an_empty_history_gives_numbers_and_gradients() -> None:
     rng = drawing(5)
     model, behaviors = made(rng), drawn(rng)
-    windows = behaviors.windows
-    nothing = replace(windows, mask=torch.zeros_like(windows.mask))
-    parts = model(replace(behaviors, windows=nothing), None)
-    torch.cat(parts, dim=1).square().sum().backward()
-    assert all(torch.isfinite(part).all() for part in parts)
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    check_empty_history(model, behaviors)

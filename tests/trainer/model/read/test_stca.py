@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.helpers.models import BEHAVIORS, MARK_ROWS, draw, drawing, drawn_behaviors, drawn_windows
+from tests.helpers.stretches import check_empty_history
 from trainer.model.read.sequence import Behaviors
 from trainer.model.read.stca import SwiGlu, TargetToHistory
 from trainer.model.time import TimeEncoding
@@ -150,12 +151,7 @@ def test_keys_and_values_are_made_once_a_behavior_and_each_of_them_alone() -> No
 def test_an_empty_history_gives_numbers_and_gradients() -> None:
     rng = drawing(5)
     model, behaviors = made(rng), drawn(rng)
-    windows = behaviors.windows
-    nothing = replace(windows, mask=torch.zeros_like(windows.mask))
-    parts = model(replace(behaviors, windows=nothing), None)
-    torch.cat(parts, dim=1).square().sum().backward()
-    assert all(torch.isfinite(part).all() for part in parts)
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    check_empty_history(model, behaviors)
     assert not model.layers[0].out.weight.grad.any()
 
 
