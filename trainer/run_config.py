@@ -21,7 +21,7 @@ from trainer.config.online import OnlineConfig
 from trainer.config.per_task import against_per_task
 from trainer.config.phases import PhaseConfig, UpdateRule
 from trainer.config.sections import CheckpointConfig, CommsConfig, DataConfig, TrainConfig
-from trainer.config.sets import against_owners, sets_of
+from trainer.config.sets import against_owners, against_sets, sets_of
 from trainer.config.tables import (
     GroupConfig,
     GroupName,
@@ -64,7 +64,9 @@ class Config(Settings):
                         f"{section_of(branch)}.roles.{role} names group {group!r}; defined groups: {known}"
                     )
             used |= settings.roles.used()
-            self._check_sets(branch, settings)
+            whole = self.model.roles.representation_target
+            for problem in against_sets(self.groups, whole, section_of(branch), settings, self.data.domain):
+                raise ValueError(problem)
             self._check_data(branch, settings)
             self._check_content(branch, settings)
         name, head = self.model.roles.representation_behavior, self.model.head_kind
@@ -180,41 +182,6 @@ class Config(Settings):
         summed = [phase.model_copy(update={"update": "summed"}) for phase in self.phases]
         train = self.train.model_copy(update={"update": "summed"})
         return self.model_copy(update={"train": train, "phases": tuple(summed)})
-
-    def _check_sets(self, branch: str, settings: BranchConfig) -> None:
-        """Raise an error if several sets serve anything but the representation of all branches."""
-        whole = self.model.roles.representation_target
-        given = self.groups[whole].sets
-        for name, each in given.items() if isinstance(given, dict) else ():
-            if each.owner.startswith("domain:") and not self.data.domain:
-                raise ValueError(
-                    f"groups.{whole}.sets.{name}.owner = {each.owner!r}: there are no domains; name the "
-                    "feature that has them with data.domain"
-                )
-        if settings.time == "concat" and self.groups[whole].sets != 1:
-            raise ValueError(
-                f'groups.{whole}.sets: {section_of(branch)}.time = "concat" puts time beside the vectors of '
-                "one set; leave sets out, or set time to another form"
-            )
-        for role, name in settings.roles.model_dump().items():
-            group = self.groups.get(name)
-            if group is not None and group.sets != 1:
-                where = f"groups.{name}.sets: {section_of(branch)}.roles.{role} is {name!r}, and several sets"
-                if not role.startswith("representation"):
-                    raise ValueError(
-                        f"{where} serve the representation alone; leave groups.{name}.sets out, or name "
-                        "another group, one without sets, for that role"
-                    )
-                if name != whole:
-                    raise ValueError(
-                        f"{where} serve all representation roles, but model.roles.representation_target is "
-                        f"{whole!r}; name one group for all of them"
-                    )
-            elif role.startswith("representation") and self.groups[whole].sets != 1:
-                raise ValueError(
-                    f"groups.{whole}.sets: several sets serve all representation roles of all branches, but "
-                    f"{section_of(branch)}.roles.{role} is {name!r}; name {whole!r} there"
-                )
 
     def _check_content(self, branch: str, settings: BranchConfig) -> None:
         """Raise an error if groups name vectors that there are not, or a branch lacks those it compares."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -74,3 +75,45 @@ def against_owners(
             'task would train them; set model.head = "experts", or give sets no owner, as '
             f"{where} = 4 does"
         )
+
+
+def against_sets(
+    groups: Mapping[str, GroupConfig], whole: str, section: str, settings: Any, domain: str
+) -> Iterator[str]:
+    """Where several sets serve anything but the representation of all branches.
+
+    Args:
+        whole: the group of `model.roles.representation_target`; domain: `data.domain`.
+        section: where the branch is configured; settings: those of the branch.
+    """
+    given = groups[whole].sets
+    for name, each in given.items() if isinstance(given, dict) else ():
+        if each.owner.startswith("domain:") and not domain:
+            yield (
+                f"groups.{whole}.sets.{name}.owner = {each.owner!r}: there are no domains; name the "
+                "feature that has them with data.domain"
+            )
+    if settings.time == "concat" and groups[whole].sets != 1:
+        yield (
+            f'groups.{whole}.sets: {section}.time = "concat" puts time beside the vectors of '
+            "one set; leave sets out, or set time to another form"
+        )
+    for role, name in settings.roles.model_dump().items():
+        group = groups.get(name)
+        if group is not None and group.sets != 1:
+            where = f"groups.{name}.sets: {section}.roles.{role} is {name!r}, and several sets"
+            if not role.startswith("representation"):
+                yield (
+                    f"{where} serve the representation alone; leave groups.{name}.sets out, or name "
+                    "another group, one without sets, for that role"
+                )
+            if name != whole:
+                yield (
+                    f"{where} serve all representation roles, but model.roles.representation_target is "
+                    f"{whole!r}; name one group for all of them"
+                )
+        elif role.startswith("representation") and groups[whole].sets != 1:
+            yield (
+                f"groups.{whole}.sets: several sets serve all representation roles of all branches, but "
+                f"{section}.roles.{role} is {name!r}; name {whole!r} there"
+            )
