@@ -126,15 +126,30 @@ class Findings:
             f"trial {self.best.trial} of {self.plan.trials} ({of}): validation {metric} {self.best.value:.5f}"
         )
         if self.default is None:
-            return [head, "the configuration as it is has no value here, so that no lead is known"]
+            unknown = "the configuration as it is has no value here, so that no lead is known"
+            return [head, unknown, *self._ends()]
         own = f"the configuration as it is (trial {self.default.trial}): {self.default.value:.5f}"
         if self.best.trial == self.default.trial:
             others = self.counts.get("complete", 0) - 1
             than = (
                 "no other trial is complete" if not others else f"none of {others} other trial(s) was better"
             )
-            return [head, f"this is the configuration as it is: {than}"]
-        return [head, f"{own}, a lead of {self.lead:.5f} on the split that chose it, with one seed"]
+            return [head, f"this is the configuration as it is: {than}", *self._ends()]
+        lead = f"{own}, a lead of {self.lead:.5f} on the split that chose it, with one seed"
+        return [head, lead, *self._ends()]
+
+    def _ends(self) -> list[str]:
+        """Which values of the best trial lie at an end of their range, in a line each."""
+        assert self.best is not None
+        found = []
+        for each in self.plan.parameters:
+            if each.name in self.best.parameters and (end := each.end_at(self.best.parameters[each.name])):
+                value = value_text(self.best.parameters, each.name)
+                found.append(
+                    f"{each.name} = {value} lies at the {end} end of its range ({each.range}): "
+                    "a wider range may hold a better value"
+                )
+        return found
 
 
 def write_findings(shared: SharedStudy) -> Findings:

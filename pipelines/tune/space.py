@@ -21,6 +21,8 @@ from pipelines.tune.settings import ParameterConfig
 
 _SCALARS = (bool, int, float, str)
 EVERY = "*"
+# So close to an end of its range, as a share of it, a best value says that the range may be too narrow.
+_CLOSE = 0.05
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,18 @@ class Parameter:
     @property
     def log(self) -> bool:
         return isinstance(self.distribution, FloatDistribution | IntDistribution) and self.distribution.log
+
+    def end_at(self, drawn: Any) -> str:
+        """`lower` or `upper`, where a value lies within a twentieth of its range from that end; else nothing."""
+        distribution = self.distribution
+        if not isinstance(distribution, FloatDistribution | IntDistribution):
+            return ""
+        low, high, value = (
+            math.log(each) if self.log else float(each)
+            for each in (distribution.low, distribution.high, drawn)
+        )
+        share = (value - low) / (high - low)
+        return "lower" if share < _CLOSE else "upper" if share > 1 - _CLOSE else ""
 
     @property
     def corners(self) -> list[Any]:

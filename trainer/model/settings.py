@@ -183,7 +183,8 @@ class BranchConfig(_BranchKeys):
             and (self.time == "concat" or (self.time_target == "target" and self.time == "bias")),
             "time_tables": marks and self._shares_tables,
             "time_group": self.time_target != "shared",
-            "attention_owner": self.searches,
+            # Whoever reads whole windows has neither scores of this kind nor weights.
+            **dict.fromkeys(("time", "score", "weights", "projection", "attention_owner"), self.searches),
         }
         search = _keys_of(self.search_kind) if self.searches or self.newest else set()
         return {key for key, used in uses.items() if used} | search | _keys_of(self.sequence_kind)
@@ -363,7 +364,7 @@ HEAD_KEYS = [
 _KINDS: list[type[Search] | type[SequenceModel]] = [*SEARCHES.values(), *SEQUENCES.values()]
 CONDITIONAL_KEYS = set[str]().union(*(_keys_of(kind) for kind in _KINDS))
 CONDITIONAL_KEYS |= {"score_hidden", "temperature", "heads", "head_dim", "attention_owner"}
-CONDITIONAL_KEYS |= {"time_dim", "time_group", "time_tables"}
+CONDITIONAL_KEYS |= {"time", "time_dim", "time_group", "time_tables", "score", "weights", "projection"}
 
 
 def _names(table: Mapping[str, Any], fact: str, value: bool) -> str:

@@ -40,6 +40,22 @@ def test_literals_are_toml(value: Any, parts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "value", "end"),
+    [
+        (ParameterConfig(low=0.01, high=1.0, log=True), 0.012, "lower"),
+        (ParameterConfig(low=0.01, high=1.0, log=True), 0.9, "upper"),
+        (ParameterConfig(low=0.01, high=1.0, log=True), 0.02, ""),
+        (ParameterConfig(low=0.01, high=1.0), 0.02, "lower"),
+        (ParameterConfig(low=20, high=100, step=20), 100, "upper"),
+        (ParameterConfig(low=20, high=100, step=20), 80, ""),
+        (ParameterConfig(choices=(0.1, 0.2)), 0.1, ""),
+    ],
+)
+def test_the_end_of_a_range_that_a_value_lies_at(given: ParameterConfig, value: float, end: str) -> None:
+    assert resolve("model.k" if value >= 20 else "train.learning_rate", given, TREE).end_at(value) == end
+
+
+@pytest.mark.parametrize(
     ("name", "keys", "found"),
     [
         ("groups.*.learning_rate", (), ("groups.a.learning_rate", "groups.b.learning_rate")),

@@ -450,6 +450,25 @@ def test_sasrec_needs_fitting_heads_and_recent_behaviors() -> None:
         )
 
 
+def test_longer_without_inner_attention_splits_merged_tokens_alone() -> None:
+    rows, given = {"a": 5, "category_id": 3}, ["groups.shared.dim=4", "model.heads=16", "model.token_width=0"]
+    build_groups(load_config(CONFIGS / "longer.toml", [*given, "model.merge=4", "model.inner=false"]), rows)
+    with pytest.raises(ConfigError, match="heads = 16 does not divide the merged token's width 24"):
+        build_groups(
+            load_config(CONFIGS / "longer.toml", [*given, "model.merge=3", "model.inner=false"]), rows
+        )
+    with pytest.raises(ConfigError, match="heads = 16 does not divide the representation's width 8"):
+        build_groups(load_config(CONFIGS / "longer.toml", given), rows)
+
+
+@pytest.mark.parametrize("preset", ["stca", "longer", "hstu", "vista", "td_sasrec", "sdim"])
+def test_scores_are_none_of_a_branch_that_reads_whole_windows(preset: str) -> None:
+    keys = {"time", "score", "weights", "projection", "attention_owner"}
+    model = load_config(CONFIGS / f"{preset}.toml", []).model
+    assert not keys & model.all_branches()["main"].keys_with_effect()
+    assert keys <= load_config(CONFIGS / "dare.toml", []).model.all_branches()["main"].keys_with_effect()
+
+
 def test_a_branch_with_its_own_search_inherits_no_match() -> None:
     config = load_config(CONFIGS / "twin_hard.toml", ["model.branches.recent.search=recent"])
     assert config.model.match and config.model.branches["recent"].match == ""

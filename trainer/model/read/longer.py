@@ -87,7 +87,10 @@ class MergedTokens(TargetPooling):
 
     @classmethod
     def width_problem(cls, settings: Any, width: int) -> str:
-        return heads_problem(settings.heads, width)
+        if settings.inner:
+            return heads_problem(settings.heads, width)
+        token = settings.token_width or settings.merge * width
+        return heads_problem(settings.heads, token, "merged token")
 
     @classmethod
     def build(cls, settings: Any, sizes: BranchSizes) -> MergedTokens:

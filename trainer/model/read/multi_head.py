@@ -37,8 +37,8 @@ def start_sharp(key: nn.Linear, gain: float) -> None:
     nn.init.orthogonal_(key.weight, gain)
 
 
-def heads_problem(heads: int, width: int) -> str:
+def heads_problem(heads: int, width: int, of: str = "representation") -> str:
     """Why so many heads do not fit a representation of this width; empty if they do."""
     if not width % heads:
         return ""
-    return f"model.heads = {heads} does not divide the representation's width {width}"
+    return f"model.heads = {heads} does not divide the {of}'s width {width}"
