@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from trainer.config.model import BranchKeys
 from trainer.model.ops.bags import rows_at
-from trainer.model.read.multi_head import heads_problem, join_heads, split_heads, start_sharp
+from trainer.model.read.multi_head import heads_problem, join_heads, split_heads, start_sharp, start_silent
 from trainer.model.read.sequence import Behaviors, TargetPooling
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeEncoding
@@ -103,11 +103,11 @@ class MergedTokens(TargetPooling):
         merged = self.merge * width
         token, heads = settings.token_width or merged, settings.heads
         # Linear, GELU, Linear of [v ; a] + p: the first map is taken apart, since v knows no request.
-        self.enter, self.after = nn.Linear(width, width), nn.Linear(width, width)
+        self.enter, self.after = (_without_bias_at_first(width, width, 2.0) for _ in range(2))
         self.inner = Block(width, heads, width) if settings.inner else None
-        self.narrow = nn.Linear(merged, token) if settings.token_width else None
+        self.narrow = _without_bias_at_first(merged, token) if settings.token_width else None
         self.target = nn.Sequential(
-            deepcopy(self.enter), nn.GELU(), deepcopy(self.after), nn.Linear(width, token)
+            deepcopy(self.enter), nn.GELU(), deepcopy(self.after), _without_bias_at_first(width, token)
         )
         self.cls = nn.Parameter(torch.randn(token) * 0.02)
         self.blocks = nn.ModuleList(
@@ -121,8 +121,9 @@ class MergedTokens(TargetPooling):
     def _start_alike(self, width: int) -> None:
         """Have the candidate's token start as that of a history of the candidate alone, m times.
 
-        All neighbors of a group start with one map, and keys and queries of the first layer, too. So a token
-        that holds a behavior of the candidate's own item has the largest score from the first step on.
+        All neighbors of a group start with one map, and keys and queries of the first layer, too; neighbors
+        start without a word about each other. So a token that holds a behavior of the candidate's own item
+        has the largest score from the first step on.
         """
         leave, first = self.target[-1], self.blocks[0]
         assert isinstance(leave, nn.Linear) and isinstance(first, Block)
@@ -131,6 +132,8 @@ class MergedTokens(TargetPooling):
             each.copy_(torch.eye(width).repeat(self.merge, 1))
         else:
             self.narrow.weight.copy_(each.repeat(1, self.merge))
+        if self.inner is not None:
+            start_silent(self.inner.out, cast(nn.Linear, self.inner.forward_network[-1]))
         # One of m neighbors is 1 / sqrt(m) of a token's length.
         start_sharp(first.key, (2 * self.merge**0.5) ** 0.5)
         first.query.weight.copy_(first.key.weight)
@@ -186,6 +189,15 @@ class MergedTokens(TargetPooling):
         pooled_CD = self.leave_target(self.norm(slots.collect(target_WTd)))
         cls_WD = self.leave_cls(self.norm(known_WYd[:, 0]))
         return [*self.parts(target_CD, pooled_CD), rows_at(cls_WD, behaviors.windows.of_candidate)]
+
+
+def _without_bias_at_first(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
+    """An orthogonal map of small vectors. torch's own first maps shrink them to less than its first biases,
+    and behind a layer norm all tokens would then look the same. A GELU halves what is small: gain 2 mends it."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(linear.weight, gain)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 def older_or_equal(seen_WY: Tensor, queries: int) -> Tensor:

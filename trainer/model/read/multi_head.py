@@ -37,6 +37,15 @@ def start_sharp(key: nn.Linear, gain: float) -> None:
     nn.init.orthogonal_(key.weight, gain)
 
 
+def start_silent(*lasts: nn.Linear) -> None:
+    """Have branches beside a residual start as nothing, by their last maps: until they have learned something,
+    no noise of theirs reaches what follows."""
+    for last in lasts:
+        nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
+
+
 def heads_problem(heads: int, width: int, of: str = "representation") -> str:
     """Why so many heads do not fit a representation of this width; empty if they do."""
     if not width % heads:

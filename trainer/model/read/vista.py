@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from trainer.config.model import BranchKeys
 from trainer.model.ops.bags import rows_at
-from trainer.model.read.multi_head import join_heads, split_heads
+from trainer.model.read.multi_head import join_heads, split_heads, start_silent
 from trainer.model.read.sequence import Behaviors, TargetPooling
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import TimeEncoding
@@ -78,7 +78,9 @@ class SummaryAttention(nn.Module):
         self.norm, self.norm_tokens, self.norm_hidden = (nn.LayerNorm(width) for _ in range(3))
         self.query, self.key, self.value = (nn.Linear(width, heads * dim, bias=False) for _ in range(3))
         self.out = nn.Linear(heads * dim, width)
-        self.hidden = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        last = nn.Linear(2 * width, width)
+        self.hidden = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), last)
+        start_silent(self.out, last)
 
     def forward(self, state: Tensor, tokens: Tensor) -> Tensor:
         """Candidates [W, n, D] and tokens [W, S, D] -> [W, n, D]."""
