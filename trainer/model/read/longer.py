@@ -192,8 +192,11 @@ class MergedTokens(TargetPooling):
 
 
 def _without_bias_at_first(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
-    """An orthogonal map of small vectors. torch's own first maps shrink them to less than its first biases,
-    and behind a layer norm all tokens would then look the same. A GELU halves what is small: gain 2 mends it."""
+    """An orthogonal map of small vectors.
+
+    torch's own first maps shrink them to less than its first biases, so that behind a layer norm all tokens
+    would look the same. A GELU halves what is small, for which a gain of 2 makes up.
+    """
     linear = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(linear.weight, gain)
     nn.init.zeros_(linear.bias)

@@ -38,8 +38,10 @@ def start_sharp(key: nn.Linear, gain: float) -> None:
 
 
 def start_silent(*lasts: nn.Linear) -> None:
-    """Have branches beside a residual start as nothing, by their last maps: until they have learned something,
-    no noise of theirs reaches what follows."""
+    """Have branches beside a residual start as nothing, by their last maps.
+
+    Until they have learned something, no noise of theirs reaches what follows.
+    """
     for last in lasts:
         nn.init.zeros_(last.weight)
         if last.bias is not None:

@@ -120,8 +120,8 @@ def test_parts_follow_the_equations(
 @pytest.mark.parametrize("changed", [{}, {"inner": False}, {"token_width": 64}])
 @torch.no_grad()
 def test_a_token_with_the_candidates_own_item_is_seen_at_first(changed: dict[str, Any]) -> None:
-    """Of 125 tokens of four small vectors each. With torch's own first maps and biases the token had a weight of
-    1 / 110, as any other."""
+    """Of 125 tokens of four small vectors each. With torch's own first maps and biases it had 1 / 110,
+    as any other."""
     width, keys = 48, {**PLAIN, "merge": 4, "heads": 4, "layers": 3, **changed}
     torch.manual_seed(0)
     model = MergedTokens(width, SimpleNamespace(**keys, target_aware=True), TimeEncoding({}, width))
