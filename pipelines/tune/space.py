@@ -84,7 +84,7 @@ class Parameter:
         return isinstance(self.distribution, FloatDistribution | IntDistribution) and self.distribution.log
 
     def end_at(self, drawn: Any) -> str:
-        """`lower` or `upper`, where a value lies within a twentieth of its range from that end; else empty."""
+        """`lower` or `upper`, where a value lies within a twentieth of its range from that end; else ""."""
         distribution = self.distribution
         if not isinstance(distribution, FloatDistribution | IntDistribution):
             return ""
