@@ -54,8 +54,8 @@ def test_validations_are_no_part_of_steps() -> None:
     facts = {"device_type": kind, "self_cpu_time_total": 1e3, "self_device_time_total": 0.0}
     names = (
         ["## forward 12 ##", "tandemrec head"],
-        ["## validation ##", "tandemrec head"],
-        ["## validation ##"],
+        [VALIDATION, "tandemrec head"],
+        [VALIDATION],
     )
     events = [event(*each) for each in names]
     for each in events:
