@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.model.ops.bags import rows_at
 from trainer.model.ops.traced import is_traced
-from trainer.model.read.multi_head import join_heads, split_heads
+from trainer.model.read.multi_head import join_heads, split_heads, start_silent
 from trainer.model.read.sequence import Behaviors, TargetPooling
 from trainer.model.sizes import BranchSizes
 from trainer.model.time import AGE_BUCKETS, age_bucket
@@ -41,9 +41,9 @@ class PointwiseLayer(nn.Module):
         self.parts = nn.Linear(width, 4 * heads * dim)
         self.norm_pooled = nn.LayerNorm(heads * dim, eps=1e-6)
         self.out = nn.Linear(heads * dim, width)
-        for layer in (self.parts, self.out):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        nn.init.xavier_uniform_(self.parts.weight)
+        nn.init.zeros_(self.parts.bias)
+        start_silent(self.out)
         # U and V begin as one map, and so do Q and K: from independent draws the first scores of equal items
         # are noise, and so is what a candidate's gate lets through of a behavior like it.
         with torch.no_grad():
