@@ -18,8 +18,7 @@ from trainer.storage import is_remote
 _PARTS = (
     "What the study has chosen.",
     "What the study was given by --set. If some of it was only to make trials short, delete that, too.",
-    "The budget of its trials, keys of the budget that --set has changed among them. Without these lines the "
-    "configuration trains as long as its base says.",
+    "The budget of its trials. Without it training is as long as the base says. (Of --set, the keys of it.)",
 )
 _PLACES = "Places that the base names by their path from the folder in which the study was begun."
 

@@ -58,6 +58,9 @@ def tune(config: Path, options: TuneOptions, overrides: Sequence[str] = ()) -> N
         print(line, flush=True)
     with _jobs(config, options, overrides) as others:
         over = work(plan, options.out, options.storage)
+        for process in others if not over else ():
+            # The signal may have reached this process alone.
+            process.terminate()
     lost = [process.exitcode for process in others if process.exitcode]
     if over and lost:
         print(

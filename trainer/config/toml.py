@@ -40,6 +40,10 @@ _TOML_WORDS = (
     ("Invalid initial character for a key part", "a key with such a character, or a star, must be in quotes"),
     ("Cannot overwrite a value", "this key is given twice"),
     ("Cannot declare ", "this section is given twice, or is a value elsewhere"),
+    (
+        "Cannot mutate immutable namespace",
+        "what is written in { } gets no further keys; put them between these",
+    ),
 )
 # The key that a message begins with.
 _KEY = re.compile(r"[a-z]\w*(\.[\w-]+)*(?=[: ])")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from embeddings.errors import ConfigError
-from pipelines.tune.plan import StudyPlan
+from pipelines.tune.plan import StudyPlan, read_plan
 from pipelines.tune.report import TrialRow
 from pipelines.tune.study import Claim, Outcome, SharedStudy, Validation
 from tests.helpers.logs import small_log
-from tests.helpers.studies import BUDGET, RATES, STUDY, plan_of, shared
+from tests.helpers.studies import BUDGET, CONFIG, RATES, STUDY, given, plan_of, shared, space_in
 
 GRID = """
 [parameters]
@@ -172,7 +172,7 @@ def test_other_studies_are_refused(plan: StudyPlan, log: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match=f"{re.escape(was)}.* is {{ low = 0.001, .*another --out"):
         shared(narrow, tmp_path)
     linear = plan_of(tmp_path / "linear", log, STUDY, BUDGET, RATES.replace("3e-2, log = true", "3e-2"))
-    with pytest.raises(ConfigError, match="log = true, keys = .* is { low = 0.0003, high = 0.03, keys = "):
+    with pytest.raises(ConfigError, match=r"log = true, keys = .* is { low = 0.0003, high = 0.03, keys = "):
         shared(linear, tmp_path)
     second = small_log(tmp_path / "second", seed=2)
     with pytest.raises(ConfigError) as error:
@@ -224,7 +224,6 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {},
         "[trial] sets train.learning_rate=0.1: [parameters] searches that, by train.learning_rate",
     ),
-    "section": ((STUDY, BUDGET, RATES), {"train": "{ learning_rate = 0.1 }"}, "searches that, by train.l"),
     "set": ((STUDY, BUDGET, RATES), {"train__learning_rate": 0.1}, "searches that, by train.learning_rate"),
     "pruner": ((STUDY.replace('"none"', '"median"'), RATES), {}, "set validate_every in [trial.train]"),
     "task": ((STUDY + "task = 'buy'", BUDGET, RATES), {}, "study.task = 'buy': no such task"),
@@ -237,3 +236,9 @@ def test_what_does_not_fit_is_refused_before_the_first_trial(case: str, log: Pat
     parts, changes, message = REFUSED[case]
     with pytest.raises(ConfigError, match=re.escape(message)):
         plan_of(tmp_path, log, *parts, **changes)
+
+
+def test_a_whole_section_is_held_against_parameters(log: Path, tmp_path: Path) -> None:
+    overrides = [*given(log), "train={ learning_rate = 0.1 }"]
+    with pytest.raises(ConfigError, match=r"searches that, by train\.learning_rate; leave"):
+        read_plan(CONFIG, space_in(tmp_path), overrides)

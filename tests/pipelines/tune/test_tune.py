@@ -154,7 +154,7 @@ def test_a_signal_leaves_a_study_that_the_same_command_goes_on_with(
     assert said[-1].startswith(
         f"next:   tandemrec tune --config {CONFIG} --space {tmp_path}/space.toml --out '"
     )
-    assert said[-1].endswith("checkpoint.every_steps=1") and " --trials 3 data.log=" in said[-1]
+    assert said[-1].endswith("checkpoint.every_steps=1") and " --trials 3 'data.log=" in said[-1]
     assert not any("tandemrec train" in line for line in said)
 
 
@@ -180,7 +180,8 @@ def test_the_best_file_is_read_in_any_folder(
     assert best.plan.mapped_folder == str(log.parent / "mapped")
     assert best.plan.file == "s3://bucket/plan.json"
     text = (tmp_path / "best.toml").read_text()
-    assert text.index("train.max_steps") > text.index("train.validate_every = 3") > text.index("# The budget")
+    assert text.index("train.max_steps") > text.index("# The budget") > text.index("train.init_from")
+    assert text.index("train.validate_every = 3") > text.index("# The budget")
 
 
 def test_a_configuration_that_changes_meanwhile_ends_the_study(log: Path, tmp_path: Path) -> None:
