@@ -25,6 +25,8 @@ State = Literal["complete", "pruned", "failed", "stopped"]
 _STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 # Of a hash, in messages.
 _DIGITS = 8
+# What ends the definition of a parameter, and is repeated only if it has changed.
+_KEYS = ", keys = "
 _NO_LOCKS = "two workers may take the same trial; run one worker"
 
 
@@ -250,6 +252,9 @@ class SharedStudy:
             # The same place may have been written anew.
             was = self.study.user_attrs.get("log", "another one")
             return f"the log was {was} ({before[:_DIGITS]}), is {self.plan.log} ({now[:_DIGITS]})"
+        keys = str(before)[str(before).rfind(_KEYS) :]
+        if keys.startswith(_KEYS) and str(now).endswith(keys):
+            before, now = (f"{str(each).removesuffix(keys)} }}" for each in (before, now))
         return f"{key} was {_absent(before)}, is {_absent(now)}"
 
 
