@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from pipelines.console import table_lines
+from trainer.loop.validation import VALIDATION
 from trainer.ranks.process_group import Ranks
 from trainer.sealed_folder import write_text
 from trainer.storage import is_remote
@@ -137,13 +138,20 @@ def phase_times(events: Iterable[Any]) -> dict[str, PhaseTime]:
     """Own times of a profiler's events, summed by the innermost range that an event lies in."""
     times: dict[str, PhaseTime] = defaultdict(PhaseTime)
     for event in events:
-        if event.device_type != torch.autograd.DeviceType.CPU:
+        if event.device_type != torch.autograd.DeviceType.CPU or _of_validation(event):
             continue
         phase = times[_phase_of(event)]
         phase.cpu += event.self_cpu_time_total / 1e3
         phase.device += event.self_device_time_total / 1e3
         phase.operators[event.name] += event.self_cpu_time_total / 1e3
     return dict(times)
+
+
+def _of_validation(event: Any) -> bool:
+    """Whether an event is a part of a validation between two steps, or after the last one."""
+    while event is not None and event.name != VALIDATION:
+        event = event.cpu_parent
+    return event is not None
 
 
 def _phase_of(event: Any) -> str:

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
-from pipelines.profile import _OTHER, _phase_of
+from pipelines.profile import _OTHER, _phase_of, phase_times
+from trainer.loop.validation import VALIDATION
 
 
 def event(*names: str) -> Any:
@@ -45,6 +47,21 @@ def event(*names: str) -> Any:
 )
 def test_an_event_belongs_to_the_innermost_range_that_is_known(names: list[str], phase: str) -> None:
     assert _phase_of(event(*names)) == phase
+
+
+def test_validations_are_no_part_of_steps() -> None:
+    kind = torch.autograd.DeviceType.CPU
+    facts = {"device_type": kind, "self_cpu_time_total": 1e3, "self_device_time_total": 0.0}
+    names = (
+        ["## forward 12 ##", "tandemrec head"],
+        [VALIDATION, "tandemrec head"],
+        [VALIDATION],
+    )
+    events = [event(*each) for each in names]
+    for each in events:
+        vars(each).update(facts)
+    times = phase_times(events)
+    assert {name: phase.cpu for name, phase in times.items()} == {"head": 1.0}
 
 
 @pytest.mark.parametrize("pipeline", [TrainPipelineSparseDist, PrefetchTrainPipelineSparseDist])

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import record_function
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from trainer.checkpoint import save_load as checkpoint
@@ -23,6 +24,9 @@ from trainer.quality.evaluate import scored_split, shared_metrics
 from trainer.quality.scored import Scores
 from trainer.ranks.process_group import Ranks
 from trainer.update.kept import KeptWeights
+
+VALIDATION = "## validation ##"
+"""The name of the range of a validation in a profile."""
 
 
 class Validation:
@@ -132,7 +136,8 @@ class Validation:
     def measure(self, pipeline: Pipeline) -> SplitMetrics:
         """Score the split with the weights as they are; collective."""
         assert self.reader is not None
-        with self.scored(self.reader, pipeline) as scores:
+        # A range of its own: a profile of steps leaves it out.
+        with record_function(VALIDATION), self.scored(self.reader, pipeline) as scores:
             return shared_metrics(scores, self.reader)
 
     @contextmanager

@@ -36,7 +36,7 @@ _TIMES, _FEWEST = 4, 128
 _COLUMNS = 2
 # Keys of a device that are held at once, 512 MiB: 2,048 candidates with windows of 32,768.
 _KEYS = 1 << 26
-# `_ordered_bits` of -inf.
+# `ordered_bits` of -inf.
 _EMPTY = -0x7F800001
 
 
@@ -134,13 +134,13 @@ def top_columns_by_keys(score_CX: Tensor, k: int, *, last: bool = False) -> tupl
     place = place if last else place.flip(0)
     best = []
     for rows_RX in score_CX.detach().split(max(1, _KEYS // width)):
-        key_RX = _ordered_bits(rows_RX).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(place)
+        key_RX = ordered_bits(rows_RX).to(torch.int64).bitwise_left_shift_(32).bitwise_or_(place)
         best.append(key_RX.topk(min(k, width), dim=1, sorted=False).values)
     key_CK = best[0] if len(best) == 1 else torch.cat(best)
     return ascending(width - 1 - (key_CK & 0xFFFFFFFF), key_CK >> 32 > _EMPTY, width)
 
 
-def _ordered_bits(score: Tensor) -> Tensor:
+def ordered_bits(score: Tensor) -> Tensor:
     """float32 -> int32 in the order of the numbers; NaN is infinity, and the two zeros are one."""
     score = torch.where(score.isnan(), torch.inf, score + 0.0)
     bits = score.view(torch.int32)

@@ -45,6 +45,15 @@ class Block(nn.Module):
         self.norm, self.norm_forward = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.forward_network = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        start_silent(cast(nn.Linear, self.forward_network[-1]))
+
+    @torch.no_grad()
+    def start_as_attention(self, gain: float) -> None:
+        """Have it begin by adding to tokens what is like them, unchanged; `gain` is that of `start_sharp`."""
+        start_sharp(self.key, gain)
+        self.query.weight.copy_(self.key.weight)
+        nn.init.orthogonal_(self.value.weight)
+        self.out.weight.copy_(self.value.weight.T)
 
     def asked(self, token_BQd: Tensor) -> Tensor:
         """Queries of the heads, [B, heads, Q, d / heads]."""
@@ -121,22 +130,23 @@ class MergedTokens(TargetPooling):
     def _start_alike(self, width: int) -> None:
         """Have the candidate's token start as that of a history of the candidate alone, m times.
 
-        All neighbors of a group start with one map, and keys and queries of the first layer, too; neighbors
-        start without a word about each other. So a token that holds a behavior of the candidate's own item
-        has the largest score from the first step on.
+        All neighbors of a group start with one map, without a word about each other, and so do keys and
+        queries of each layer. So a token that holds a behavior of the candidate's own item has the largest
+        score from the first step on.
         """
-        leave, first = self.target[-1], self.blocks[0]
-        assert isinstance(leave, nn.Linear) and isinstance(first, Block)
+        leave = self.target[-1]
+        assert isinstance(leave, nn.Linear)
         each = leave.weight
         if self.narrow is None:
             each.copy_(torch.eye(width).repeat(self.merge, 1))
         else:
             self.narrow.weight.copy_(each.repeat(1, self.merge))
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            # One of m neighbors is 1 / sqrt(m) of a token's length.
+            block.start_as_attention((2 * self.merge**0.5) ** 0.5)
         if self.inner is not None:
-            start_silent(self.inner.out, cast(nn.Linear, self.inner.forward_network[-1]))
-        # One of m neighbors is 1 / sqrt(m) of a token's length.
-        start_sharp(first.key, (2 * self.merge**0.5) ** 0.5)
-        first.query.weight.copy_(first.key.weight)
+            start_silent(self.inner.out)
 
     @property
     def output_width(self) -> int:

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from trainer.config.model import BranchKeys
 from trainer.model.ops.precision import in_single_precision, is_halved
+from trainer.model.ops.ranked_lists import best_first, united
 from trainer.model.ops.top import Doubt, ascending, top_columns
-from trainer.model.ops.traced import is_traced, stable_sort, traced_top_columns
+from trainer.model.ops.traced import is_traced, traced_top_columns
 from trainer.model.retrieve import slices, window_search, window_search_cpu
 from trainer.model.retrieve.exact import PairScores
 from trainer.model.retrieve.score import AttentionVectors, DotScorer, Scorer
@@ -233,36 +234,23 @@ def round_robin(score_CHX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[
     return united(column_CHK, real_CHK, k, width)
 
 
-def united(column_CHK: Tensor, real_CHK: Tensor, k: int, width: int) -> tuple[Tensor, Tensor]:
-    """The first K different columns of heads' ranked lists that are walked in turn; ascending."""
-    column, real = (part.transpose(1, 2).flatten(1) for part in (column_CHK, real_CHK))
-    column = torch.where(real, column, width)
-    place = stable_sort(column)
-    again = F.pad(place.values[:, 1:] == place.values[:, :-1], (1, 0))
-    new = torch.zeros_like(real).scatter(1, place.indices, ~again) & real
-    taken = new & (new.cumsum(1) <= k)
-    order = torch.where(taken, column, width).sort(dim=1).values[:, : min(k, width)]
-    return order.clamp(max=width - 1), order < width
-
-
 def ranked_columns(score_RX: Tensor, k: int, doubt: Doubt | None = None) -> tuple[Tensor, Tensor]:
     """The K best columns of each row, best first, and which of them count; ties go to the lower column."""
     top = traced_top_columns if is_traced() else partial(top_columns, doubt=doubt)
     column, real = top(score_RX, k)
     value = score_RX.gather(1, column).masked_fill(~real, -torch.inf)
-    ranked = stable_sort(value, descending=True)
+    order = best_first(value)
     if doubt is not None and column.shape[1] > 1:
-        close = ranked.values[:, :-1] - ranked.values[:, 1:] <= doubt.slack[:, None]
+        ranked = value.gather(1, order)
+        close = ranked[:, :-1] - ranked[:, 1:] <= doubt.slack[:, None]
         close = F.pad(close, (0, 1)) | F.pad(close, (1, 0))
-        row, place = torch.nonzero(
-            torch.zeros_like(real).scatter(1, ranked.indices, close) & real, as_tuple=True
-        )
+        row, place = torch.nonzero(torch.zeros_like(real).scatter(1, order, close) & real, as_tuple=True)
         if row.numel():
-            value = value.double()
-            value[row, place] = doubt.exact(row, column[row, place])
-            order = value.sort(dim=1, descending=True, stable=True).indices
-            return column.gather(1, order), real.gather(1, order)
-    return column.gather(1, ranked.indices), real.gather(1, ranked.indices)
+            exact = value.double()
+            exact[row, place] = doubt.exact(row, column[row, place])
+            rows = row.unique()
+            order[rows] = exact[rows].sort(dim=1, descending=True, stable=True).indices
+    return column.gather(1, order), real.gather(1, order)
 
 
 def lowest_costs(cost_CX: Tensor, windows: Windows, k: int) -> tuple[Tensor, Tensor]:
