@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from embeddings.agreement import from_rank_0
 from embeddings.errors import TandemError
@@ -32,6 +32,7 @@ from trainer.run_folder import versions
 
 # Candidates of a training split that is read once more when training ends, for baselines: some minutes.
 _RATES_OF = 100_000_000
+End = Literal["complete", "stopped", "pruned"]
 
 
 def train(config: Path, out: Path, overrides: Sequence[str] = (), profiled: bool = False) -> None:
@@ -63,13 +64,33 @@ def check(config: Path, out: Path, overrides: Sequence[str] = ()) -> None:
 
 def settings_of(config: Path, overrides: Sequence[str]) -> Config:
     """The settings of a run, with places that do not depend on the folder that a command is called in."""
-    settings = load_config(config, overrides)
-    # Kept in the run, which other commands may read from another folder.
-    here = settings.data.absolute()
-    file = settings.plan.file and str(place_of("plan.file", settings.plan.file).absolute())
-    placed = settings.plan.model_copy(update={"file": file})
     quiet_third_parties()
-    return settings.model_copy(update={"data": here, "plan": placed})
+    # Kept in the run, which other commands may read from another folder.
+    return placed(load_config(config, overrides))
+
+
+def placed(settings: Config) -> Config:
+    """The same settings, with all local places as absolute paths.
+
+    Raises:
+        ConfigError: an address needs a package that is missing.
+    """
+
+    def absolute(setting: str, text: str) -> str:
+        return text and str(place_of(setting, text).absolute())
+
+    train, plan = settings.train, settings.plan
+    changes = {
+        "data": settings.data.absolute(),
+        "train": train.model_copy(update={"init_from": absolute("train.init_from", train.init_from)}),
+        "plan": plan.model_copy(
+            update={
+                "file": absolute("plan.file", plan.file),
+                "mapped_folder": plan.mapped_folder and str(Path(plan.mapped_folder).absolute()),
+            }
+        ),
+    }
+    return settings.model_copy(update=changes)
 
 
 def _say(ranks: Ranks) -> Callable[[str], None]:
@@ -86,10 +107,10 @@ def run(
     ranks: Ranks,
     after_step: Callable[[int], None] | None = None,
     profiled: bool = False,
-    after_validation: Callable[[int, SplitMetrics], bool] | None = None,
+    after_validation: Callable[[int, SplitMetrics, bool], bool] | None = None,
     baselines: bool = True,
-) -> bool:
-    """The job on one rank, inside a process group -> whether it came to its end, and was not stopped.
+) -> End:
+    """The job on one rank, inside a process group -> how it ended.
 
     Args:
         after_step: called with the number of steps done; after_validation: see `Trainer`.
@@ -112,7 +133,9 @@ def run(
         found = {name: each.counts.entry() for name, each in start.train.vectors.items()}
         from_rank_0(lambda: folder.update_summary({"vectors": found}))
     _conclude(trainer, end, resume, start.manifest, say, baselines)
-    return not trainer.stopped
+    if trainer.stopped:
+        return "stopped"
+    return "pruned" if trainer.pruned else "complete"
 
 
 def trainer_of(start: Start, say: Callable[[str], None], kind: type[Kind]) -> Kind:
@@ -147,6 +170,9 @@ def _conclude(
 ) -> None:
     """Say how training ended, and sum it up where it reached its end; collective."""
     ranks, folder = trainer.ranks, trainer.folder
+    if trainer.pruned:
+        say(f"pruned after step {end.step:,}: nothing more is saved")
+        return
     if trainer.stopped:
         say(f"stopped after step {end.step:,} as asked, and saved; the same command continues it")
         return

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import numpy as np
 from embeddings.errors import ConfigError
 from pipelines.tune.literals import literal
 from pipelines.tune.settings import StudyConfig, read_space
-from pipelines.tune.space import Parameter, resolve
+from pipelines.tune.space import Parameter, overlap, resolve
 from trainer.checkpoint.compatible import log_fingerprint
 from trainer.config.sections import EarlyStoppingConfig
 from trainer.config.tasks import resolve_tasks
-from trainer.config.toml import flat_settings
+from trainer.config.toml import Sources, flat_settings
 from trainer.log.schema import read_manifest
 from trainer.loop.early_stopping import LOWER_IS_BETTER, check_watched
 from trainer.run_config import Config, load_config
@@ -77,28 +77,35 @@ class StudyPlan:
         found = {each.name: each.default(tree)[0] for each in self.parameters}
         return {name: drawn for name, drawn in found.items() if drawn is not None}
 
-    @property
+    @cached_property
     def outside(self) -> list[str]:
         """Why the configuration as it is, is no point of the space; empty if it is one."""
         tree = self.base.model_dump(mode="json")
         found = [f"{each.name}: {why}" for each in self.parameters if (why := each.default(tree)[1])]
-        return found or self._brought_along
+        return [*found, *self._brought_along(tree)]
 
-    @cached_property
-    def _brought_along(self) -> list[str]:
-        """What else changes where parameters are set to what the configuration has anyway.
+    def _brought_along(self, tree: Mapping[str, Any]) -> Iterator[str]:
+        """What else changes where a parameter's keys are set to what the configuration has anyway.
 
         A key that is set may decide what another one is by default: `init_scale` alone makes `init` uniform.
         """
-        same = load_config(self.config, self.overrides(self.defaults))
-        if same == self.base:
-            return []
-        there, here = (dict(flat_settings(each.model_dump(mode="json"))) for each in (same, self.base))
-        keys = [key for key in {**here, **there} if here.get(key) != there.get(key)]
-        key = next(iter(keys), "another key")
-        return [
-            f"a trial that sets its keys has {key} = {there.get(key)}, and not {here.get(key)}; set {key}"
-        ]
+        here = dict(flat_settings(tree))
+        for parameter in self.parameters:
+            own = parameter.present(tree)
+            same = load_config(self.config, (*self.budget, *self.given, *own)).model_dump(mode="json")
+            there = dict(flat_settings(same))
+            changed = [
+                key
+                for key in {**here, **there}
+                if here.get(key) != there.get(key) and not any(overlap(key, each) for each in parameter.keys)
+            ]
+            if changed:
+                now = ", ".join(f"{key} = {there.get(key)}, and not {here.get(key)}" for key in changed)
+                lines = ", ".join(
+                    f"{key} = {literal(here[key])}" for key in changed if here.get(key) is not None
+                )
+                advice = f"; to keep that, write {lines} in [trial]" if lines else ""
+                yield f"{parameter.name}: a trial that sets its keys has {now}{advice}"
 
     def fixed(self, number: int) -> dict[str, Any]:
         """What is not left to the sampler in a trial: its first one is the configuration as it is."""
@@ -133,11 +140,16 @@ class StudyPlan:
         return min(self.settings.trials, len(self.grid) + bool(self.outside))
 
     @property
+    def log(self) -> str:
+        """Where the log is, from whichever folder one looks."""
+        return str(self.base.data.absolute().log)
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What must not change while a study goes on, as `key -> value`."""
         tree = {"study": self.settings.model_dump(mode="json"), **self.base.model_dump(mode="json")}
         facts = {key: value for key, value in flat_settings(tree) if key not in _FREE}
-        ranges = {f"parameters.{each.name}": f"{each.range} {each.keys}" for each in self.parameters}
+        ranges = {f"parameters.{each.name}": each.definition for each in self.parameters}
         return {**facts, **ranges, "log": self.fingerprint}
 
 
@@ -190,21 +202,24 @@ def _load(config: Path, overrides: Sequence[str], given_by: Sequence[str], space
 
 
 def _check_once(plan: StudyPlan) -> None:
-    """Raises ConfigError where a key is set by two parameters, or by --set and a parameter."""
+    """Raises ConfigError where a key is set by two parameters, or by a parameter and --set or the budget."""
     owners: dict[str, str] = {}
     for parameter in plan.parameters:
         for key in parameter.keys:
-            if key in owners:
+            for other in filter(partial(overlap, key), owners):
                 raise ConfigError(
-                    f"{plan.space}: {key} is set by two parameters, {owners[key]} and {parameter.name}"
+                    f"{plan.space}: {key} is set by two parameters, {owners[other]} and {parameter.name}"
+                    if owners[other] != parameter.name
+                    else f"{plan.space}: parameters.{parameter.name} names {key} twice"
                 )
             owners[key] = parameter.name
-    for override in plan.given:
-        key = override.partition("=")[0].strip()
-        if key in owners:
-            raise ConfigError(
-                f"--set {override}: {plan.space} searches that, by {owners[key]}; leave one out"
-            )
+    sources = [(f"--set {each}", each) for each in plan.given]
+    sources += [(f"{plan.space}: [trial] sets {each}", each) for each in plan.budget]
+    for where, override in sources:
+        for key, _ in flat_settings(Sources((), (override,)).tree()):
+            for other in filter(partial(overlap, key), owners):
+                there = "[parameters]" if override in plan.budget else plan.space
+                raise ConfigError(f"{where}: {there} searches that, by {owners[other]}; leave one out")
 
 
 def _check_corners(plan: StudyPlan) -> None:

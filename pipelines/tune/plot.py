@@ -37,6 +37,8 @@ def plot_study(found: Findings, path: Path) -> bool:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH * across, _HEIGHT * down + 0.5), dpi=_DPI, layout="constrained")
         title = f"{found.plan.config.stem}: validation {found.plan.settings.metric} of {len(rows)} trial(s)"
+        if found.missing:
+            title += f" (importance needs {found.missing} more complete one(s))"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         axes = [figure.add_subplot(down, across, place + 1) for place in range(panels)]
         _course(axes[0], found, rows)

@@ -16,13 +16,13 @@ from optuna.trial import FrozenTrial
 from pipelines.console import table_lines
 from pipelines.tune.best import best_toml
 from pipelines.tune.plan import StudyPlan
-from pipelines.tune.study import SharedStudy
+from pipelines.tune.study import SharedStudy, steps_of
 from trainer.run_folder import jsonable
 from trainer.sealed_folder import remove_folder, write_text
 
 _WORDS = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
 # Of so many trials and parameters an order of importance says anything at all.
-_FEWEST_TRIALS, _FEWEST_PARAMETERS = 8, 2
+FEWEST_TRIALS, _FEWEST_PARAMETERS = 8, 2
 _SHOWN = 10
 
 
@@ -63,7 +63,7 @@ class TrialRow:
             trial.value if complete else None,
             seen[max(seen)] if seen else None,
             values,
-            own.get("steps", max(seen, default=0)),
+            steps_of(trial),
             own.get("cpu_s", 0.0),
             own.get("starts", 0),
             own.get("reason", ""),
@@ -79,6 +79,7 @@ class Findings:
         rows: of all trials, in their order; best: the complete trial with the best value, the first of some.
         default: the trial of the configuration as it is, where that is complete.
         importance: parameter -> its share in how values differ (Optuna's PED-ANOVA); empty of few trials.
+        missing: how many complete trials it lacks.
     """
 
     plan: StudyPlan
@@ -86,6 +87,7 @@ class Findings:
     best: TrialRow | None
     default: TrialRow | None
     importance: dict[str, float]
+    missing: int = 0
 
     @staticmethod
     def of(shared: SharedStudy) -> Findings:
@@ -97,9 +99,11 @@ class Findings:
         first = complete[0] if complete and complete[0].trial == 0 and not plan.outside else None
         varied = [each.name for each in plan.parameters]
         importance: dict[str, float] = {}
-        if len(complete) >= _FEWEST_TRIALS and len(varied) >= _FEWEST_PARAMETERS:
+        several = len(varied) >= _FEWEST_PARAMETERS
+        missing = max(0, FEWEST_TRIALS - len(complete)) if several else 0
+        if several and not missing:
             importance = dict(optuna.importance.get_param_importances(shared.study, params=varied))
-        return Findings(plan, rows, best, first, importance)
+        return Findings(plan, rows, best, first, importance, missing)
 
     @property
     def lead(self) -> float:
@@ -114,17 +118,18 @@ class Findings:
         """State -> trials."""
         return dict(Counter(row.state for row in self.rows))
 
+    @property
+    def trials(self) -> int:
+        """The number of trials; a study may have begun more of them than it is to have now."""
+        return max(self.plan.trials, len(self.rows))
+
     def words(self) -> list[str]:
         """What the study says of its best trial, or why it says nothing."""
         of = ", ".join(f"{count} {state}" for state, count in sorted(self.counts.items()))
         metric = self.plan.settings.metric
         if self.best is None:
-            reasons = [row.reason for row in self.rows if row.reason]
-            why = f"; the first reason: {reasons[0]}" if reasons else ""
-            return [f"no trial of {self.plan.trials} is complete ({of or 'none was begun'}){why}"]
-        head = (
-            f"trial {self.best.trial} of {self.plan.trials} ({of}): validation {metric} {self.best.value:.5f}"
-        )
+            return [f"no trial of {self.trials} is complete ({of or 'none was begun'})"]
+        head = f"trial {self.best.trial} of {self.trials} ({of}): validation {metric} {self.best.value:.5f}"
         if self.default is None:
             unknown = "the configuration as it is has no value here, so that no lead is known"
             return [head, unknown, *self._ends()]
@@ -161,7 +166,7 @@ def write_findings(shared: SharedStudy) -> Findings:
         "metric": found.plan.settings.metric,
         "task": found.plan.settings.task,
         "direction": "minimize" if found.plan.lower_is_better else "maximize",
-        "trials": found.plan.trials,
+        "trials": found.trials,
         "states": found.counts,
         "best": found.best and asdict(found.best),
         "default": found.default and asdict(found.default),
@@ -188,7 +193,7 @@ def _make_room(found: Findings, shared: SharedStudy) -> None:
 
 
 def findings_lines(found: Findings) -> list[str]:
-    """The best trials as a table, with the configuration as it is, and what there is to be said."""
+    """The best trials as a table, with the configuration as it is, and what is to be said of the best."""
     names = [each.name for each in found.plan.parameters]
     sign = 1 if found.plan.lower_is_better else -1
     ranked = sorted(found.rows, key=lambda row: (row.value is None, sign * (row.value or 0.0), row.trial))
@@ -196,7 +201,7 @@ def findings_lines(found: Findings) -> list[str]:
     head = ("trial", found.plan.settings.metric, "state", "steps", "CPU s", *names)
     table = table_lines(head, [_cells(row, names, found) for row in shown]) if shown else []
     left = [f"and {len(ranked) - len(shown)} more in trials.jsonl"] if len(ranked) > len(shown) else []
-    return [*table, *left, *found.words()]
+    return [*table, *left, *(found.words() if found.best is not None else [])]
 
 
 def _cells(row: TrialRow, names: Sequence[str], found: Findings) -> tuple[str, ...]:

@@ -8,11 +8,15 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from embeddings.errors import ConfigError
 from trainer.config.toml import Settings, load_settings
 
 Number = int | float
 # A table with one of these is a parameter; any other is a section on the way to some.
 _MARKS = {"low", "high", "choices"}
+_EMPTY = (
+    "is empty: name a key to search, such as train.learning_rate = { low = 3e-4, high = 3e-2, log = true }"
+)
 
 
 class StudyConfig(Settings):
@@ -93,11 +97,18 @@ class SpaceConfig(Settings):
     trial: dict[str, Any] = Field(default_factory=dict)
     """Keys of the configuration that all trials have with other values than the configuration itself, such as
     `train.max_steps`: the budget. `--set` on the command line wins over them."""
-    parameters: dict[str, ParameterConfig] = Field(min_length=1)
+    parameters: dict[str, ParameterConfig]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_parameters(cls, given: object) -> object:
+        return {"parameters": {}, **given} if isinstance(given, Mapping) else given
 
     @field_validator("parameters", mode="before")
     @classmethod
     def _flat(cls, given: object) -> object:
+        if given == {}:
+            raise ValueError(_EMPTY)
         return dict(_parameters(given, "")) if isinstance(given, Mapping) else given
 
 
@@ -105,6 +116,8 @@ def read_space(space: Path) -> SpaceConfig:
     """Raises:
     ConfigError: it is missing or no TOML, or a key or value is wrong.
     """
+    if not space.exists():
+        raise ConfigError(f"{space}: no such file; configs/spaces/ holds ready ones")
     return load_settings(SpaceConfig, space)
 
 

@@ -58,6 +58,14 @@ class Parameter:
         drawn = self._drawn(values[0])
         return drawn, "" if drawn is not None else f"{self.keys[0]} = {values[0]} is not in {self.range}"
 
+    def present(self, tree: Mapping[str, Any]) -> list[str]:
+        """`key=value` for each key with what the configuration has; where that is nothing, with an end."""
+        found = []
+        for key in self.keys:
+            value = next(iter(_values_at(tree, key.split("."))), None)
+            found.append(f"{key}={literal(self.value_of(self.corners[0]) if value is None else value)}")
+        return found
+
     def _drawn(self, value: Any) -> Any:
         if self.choices:
             plain = [json.loads(json.dumps(choice)) for choice in self.choices]
@@ -73,6 +81,18 @@ class Parameter:
         distribution = self.distribution
         assert isinstance(distribution, FloatDistribution | IntDistribution)
         return f"{distribution.low:g} to {distribution.high:g}"
+
+    @property
+    def definition(self) -> str:
+        """All that decides what is drawn, and for which keys, in the words of a space."""
+        keys = f"keys = {literal(self.keys)}"
+        if self.choices:
+            return f"{{ choices = {literal(self.choices)}, {keys} }}"
+        distribution = self.distribution
+        assert isinstance(distribution, FloatDistribution | IntDistribution)
+        log = ", log = true" if distribution.log else ""
+        step = f", step = {distribution.step}" if distribution.step and not distribution.log else ""
+        return f"{{ low = {distribution.low}, high = {distribution.high}{log}{step}, {keys} }}"
 
     @property
     def ranged(self) -> bool:
@@ -121,6 +141,11 @@ class Parameter:
             )
         count = math.floor((distribution.high - distribution.low) / distribution.step + 1e-9) + 1
         return [distribution.low + place * distribution.step for place in range(count)]
+
+
+def overlap(key: str, other: str) -> bool:
+    """Whether two keys are one, or one of them is inside of the other."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def resolve(name: str, given: ParameterConfig, tree: Mapping[str, Any]) -> Parameter:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,10 @@ from trainer.sealed_folder import locked, write_text
 
 State = Literal["complete", "pruned", "failed", "stopped"]
 _STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+# Of a hash, in messages.
+_DIGITS = 8
+# What ends the definition of a parameter, and is repeated only if it has changed.
+_KEYS = ", keys = "
 _NO_LOCKS = "two workers may take the same trial; run one worker"
 
 
@@ -42,11 +46,25 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """A validation of a trial.
+
+    Attributes:
+        value: the metric; cpu_s: of this start, up to here; last: after it nothing is left to train.
+    """
+
+    step: int
+    value: float
+    cpu_s: float = 0.0
+    last: bool = False
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of a trial; a stopped one is taken up by the next start of a worker.
 
     Attributes:
-        value: of a complete trial; steps: that it has trained; reason: why it failed.
+        value: of a complete trial; steps, cpu_s: that it has trained; reason: why it failed.
     """
 
     state: State
@@ -71,6 +89,8 @@ class SharedStudy:
     study: optuna.Study = field(init=False)
     _storage: BaseStorage = field(init=False)
     _trial: Trial | None = field(init=False, default=None)
+    # CPU seconds of earlier starts of the trial.
+    _spent: float = field(init=False, default=0.0)
     _held: ExitStack = field(init=False, default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -114,7 +134,7 @@ class SharedStudy:
             trial = self._left(trials) or self._new(trials)
             if trial is None:
                 return None
-            self._trial = trial
+            self._trial, self._spent = trial, trial.user_attrs.get("cpu_s", 0.0)
             starts = trial.user_attrs.get("starts", 0) + 1
             drawn = {
                 each.name: _suggested(trial, each.name, each.distribution) for each in self.plan.parameters
@@ -122,28 +142,32 @@ class SharedStudy:
             trial.set_user_attr("starts", starts)
             return Claim(trial.number, drawn, starts, bool(trial.user_attrs.get("pruned")))
 
-    def report(self, step: int, value: float) -> bool:
+    def report(self, seen: Validation) -> bool:
         """Take a validation of this worker's trial into account; -> whether the trial is to end there."""
         assert self._trial is not None
         trial = self._trial
+        # Now, since nobody knows of a worker that is killed what it has spent.
+        trial.set_user_attr("cpu_s", self._spent + seen.cpu_s)
         known = self.trials[trial.number].intermediate_values
-        if not math.isfinite(value) or step < max(known, default=-1):
+        if not math.isfinite(seen.value) or seen.step < max(known, default=-1):
             # A trial that was taken up repeats validations, on which others may have been judged since.
             return False
-        if step not in known:
-            trial.report(value, step)
-        pruned = trial.should_prune()
+        if seen.step not in known:
+            trial.report(seen.value, seen.step)
+        pruned = not seen.last and trial.should_prune()
         if pruned:
-            trial.set_user_attr("pruned", step)
+            trial.set_user_attr("pruned", seen.step)
         return pruned
 
-    def finish(self, outcome: Outcome) -> None:
-        """Write down what became of this worker's trial, and let go of it."""
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Write down what became of this worker's trial, and let go of it; -> with all of its starts."""
         assert self._trial is not None
         trial = self._trial
         with self.alone():
-            trial.set_user_attr("steps", outcome.steps)
-            trial.set_user_attr("cpu_s", trial.user_attrs.get("cpu_s", 0.0) + outcome.cpu_s)
+            steps = max(outcome.steps, steps_of(self.trials[trial.number]))
+            whole = replace(outcome, steps=steps, cpu_s=self._spent + outcome.cpu_s)
+            trial.set_user_attr("steps", whole.steps)
+            trial.set_user_attr("cpu_s", whole.cpu_s)
             if outcome.reason:
                 trial.set_user_attr("reason", outcome.reason)
             if outcome.state != "stopped":
@@ -151,6 +175,7 @@ class SharedStudy:
                 self.study.tell(trial, values, state=_STATES[outcome.state])
         self._trial = None
         self._held.close()
+        return whole
 
     def _left(self, trials: list[FrozenTrial]) -> Trial | None:
         """A trial whose worker is dead."""
@@ -206,16 +231,40 @@ class SharedStudy:
         facts = json.loads(json.dumps(self.plan.facts))
         known = self.study.user_attrs.get("facts")
         if known is None:
+            self.study.set_user_attr("log", self.plan.log)
             self.study.set_user_attr("facts", facts)
             return
-        changed = [key for key in {**known, **facts} if known.get(key) != facts.get(key)]
+        # What the first version of studies has said of a parameter.
+        older = {f"parameters.{each.name}": f"{each.range} {each.keys}" for each in self.plan.parameters}
+        same = {key for key, value in older.items() if known.get(key) == value}
+        changed = [key for key in {**known, **facts} if known.get(key) != facts.get(key) and key not in same]
         if changed:
-            shown = "; ".join(f"{key} was {known.get(key)}, is {facts.get(key)}" for key in changed[:3])
+            shown = "; ".join(self._change(key, known.get(key), facts.get(key)) for key in changed[:3])
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ConfigError(
                 f"{self.folder}: here is a study of something else ({shown}{more}); its trials and new ones "
                 "could not be compared: give this one another --out"
             )
+
+    def _change(self, key: str, before: Any, now: Any) -> str:
+        """A fact that has changed, in a few words."""
+        if key == "log":
+            # The same place may have been written anew.
+            was = self.study.user_attrs.get("log", "another one")
+            return f"the log was {was} ({before[:_DIGITS]}), is {self.plan.log} ({now[:_DIGITS]})"
+        keys = str(before)[str(before).rfind(_KEYS) :]
+        if keys.startswith(_KEYS) and str(now).endswith(keys):
+            before, now = (f"{str(each).removesuffix(keys)} }}" for each in (before, now))
+        return f"{key} was {_absent(before)}, is {_absent(now)}"
+
+
+def _absent(value: Any) -> Any:
+    return "not there" if value is None else value
+
+
+def steps_of(trial: FrozenTrial) -> int:
+    """How far a trial has come, as far as the study knows."""
+    return max(int(trial.user_attrs.get("steps", 0)), *trial.intermediate_values, 0)
 
 
 def _suggested(trial: Trial, name: str, distribution: Any) -> Any:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from embeddings.agreement import from_every_rank, from_rank_0
-from pipelines.train import run, settings_of
+from pipelines.train import End, run, settings_of
 from pipelines.tune.plan import StudyPlan
-from pipelines.tune.study import Claim, Outcome
+from pipelines.tune.study import Claim, Outcome, Validation
+from trainer.checkpoint.files import checkpoints, step_of
 from trainer.config.sections import EarlyStoppingConfig
 from trainer.loop.attempts import NoProgress
 from trainer.loop.early_stopping import value_of, watched
@@ -31,42 +32,55 @@ _FAILURES = (NotFinite, NoProgress)
 
 
 def run_trial(
-    plan: StudyPlan, claim: Claim, folder: Path, ranks: Ranks, report: Callable[[int, float], bool]
+    plan: StudyPlan, claim: Claim, folder: Path, ranks: Ranks, report: Callable[[Validation], bool]
 ) -> Outcome:
     """Train a trial, or go on with it; collective.
 
     Args:
-        report: called on rank 0 with a step and the metric of its validation; -> whether to end there.
+        report: called on rank 0 with each validation; -> whether to end there.
 
     Raises:
         TandemError: what would end every trial.
     """
     began = time.process_time()
-    steps, pruned, reason = 0, claim.pruned, ""
+    steps, reason = _saved(folder), ""
 
     def after_step(number: int) -> None:
         nonlocal steps
         steps = number
 
-    def after_validation(step: int, metrics: SplitMetrics) -> bool:
-        nonlocal steps, pruned
-        steps = step
-        pruned = from_rank_0(lambda: report(step, value_of(plan.watch, metrics.tasks)))
-        return pruned
+    def spent() -> float:
+        return sum(from_every_rank(lambda: time.process_time() - began))
 
-    done = False
+    def after_validation(step: int, metrics: SplitMetrics, last: bool) -> bool:
+        after_step(step)
+        cpu_s, value = spent(), value_of(plan.watch, metrics.tasks)
+        return from_rank_0(lambda: report(Validation(step, value, cpu_s, last)))
+
+    end: End = "pruned"
     if not claim.pruned:
         try:
-            done = _train(plan, claim, folder, ranks, after_step, after_validation)
+            end = _train(plan, claim, folder, ranks, after_step, after_validation)
         except _failures(ranks) as error:
             reason = str(error) or type(error).__name__
-    cpu_s = sum(from_every_rank(lambda: time.process_time() - began))
+            from_rank_0(lambda: _note(folder, f"failed after step {steps:,}: {reason}"))
+    cpu_s = spent()
     summary = from_rank_0(RunFolder(folder).read_summary)
     if reason:
         return Outcome("failed", steps=steps, cpu_s=cpu_s, reason=reason)
-    if done:
+    if end == "complete":
         return _complete(plan.watch, summary, cpu_s)
-    return Outcome("pruned" if pruned else "stopped", steps=steps, cpu_s=cpu_s)
+    return Outcome(end, steps=steps, cpu_s=cpu_s)
+
+
+def _saved(folder: Path) -> int:
+    """The step of the newest checkpoint of an earlier start; 0 without one."""
+    return max(map(step_of, checkpoints(RunFolder(folder).checkpoints)), default=0)
+
+
+def _note(folder: Path, line: str) -> None:
+    with (folder / LOG).open("a", encoding="utf-8") as log:
+        log.write(f"{line}\n")
 
 
 def _failures(ranks: Ranks) -> tuple[type[Exception], ...]:
@@ -81,9 +95,9 @@ def _train(
     folder: Path,
     ranks: Ranks,
     after_step: Callable[[int], None],
-    after_validation: Callable[[int, SplitMetrics], bool],
-) -> bool:
-    """-> whether training came to its end. What it says goes to a file of the trial."""
+    after_validation: Callable[[int, SplitMetrics, bool], bool],
+) -> End:
+    """-> how training ended. What it says goes to a file of the trial."""
     overrides = plan.overrides(claim.drawn)
     plan.check_unchanged()
     with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,9 @@ def tune(config: Path, options: TuneOptions, overrides: Sequence[str] = ()) -> N
         print(line, flush=True)
     with _jobs(config, options, overrides) as others:
         over = work(plan, options.out, options.storage)
+        for process in others if not over else ():
+            # The signal may have reached this process alone.
+            process.terminate()
     lost = [process.exitcode for process in others if process.exitcode]
     if over and lost:
         print(
@@ -64,7 +68,7 @@ def tune(config: Path, options: TuneOptions, overrides: Sequence[str] = ()) -> N
         )
         over = work(plan, options.out, options.storage)
     if speaks:
-        _conclude(plan, options, over)
+        _conclude(plan, options, over, _command(config, options, overrides))
 
 
 def _first_lines(plan: StudyPlan) -> list[str]:
@@ -137,29 +141,60 @@ def _job(number: int, config: Path, options: TuneOptions, overrides: Sequence[st
         sys.exit(2)
 
 
-def _conclude(plan: StudyPlan, options: TuneOptions, over: bool) -> None:
-    """Write and say what the study has found so far."""
+def _command(config: Path, options: TuneOptions, overrides: Sequence[str]) -> str:
+    """What goes on with a study."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return "the same command, which goes on with the study"
+    words = ["tandemrec", "tune", "--config", config, "--space", options.space, "--out", options.out]
+    words += ["--trials", options.trials] if options.trials else []
+    words += ["--jobs", options.jobs] if options.jobs > 1 else []
+    words += ["--storage", options.storage] if options.storage else []
+    return shlex.join(map(str, [*words, *overrides]))
+
+
+def _conclude(plan: StudyPlan, options: TuneOptions, over: bool, again: str) -> None:
+    """Write and say what the study has found so far; `again`: the command that goes on with it."""
     shared = SharedStudy(plan, options.out, options.storage)
     picture = options.out / "study.png"
     with shared.alone():
         found = write_findings(shared)
         drawn = plot_study(found, picture)
-    for line in findings_lines(found):
+    unfinished = _unfinished(found, options)
+    for line in (*_surplus(found), *findings_lines(found), *unfinished):
         print(line)
-    _say_what_is_open(found, options)
+    if found.best is None and over and not unfinished:
+        raise ConfigError(f"{options.out}: {_why_nothing(found, options)}; narrow the space")
+    best = options.out / "best.toml"
     if found.best is not None:
-        files = [options.out / "best.toml", options.out / "trials.jsonl", *([picture] if drawn else [])]
-        print(f"see {', '.join(map(str, files))}\nnext:   tandemrec train --config {files[0]} --out RUN")
-    elif over and not found.counts.get("open"):
-        raise ConfigError(
-            f"{options.out}: {found.words()[0]}; look at the {LOG} of trials, and narrow the space"
+        files = [best, options.out / "trials.jsonl", *([picture] if drawn else [])]
+        print(f"see {', '.join(map(str, files))}")
+    train = f"{shlex.join(['tandemrec', 'train', '--config', str(best)])} --out RUN"
+    print(f"next:   {again if unfinished else train}")
+
+
+def _surplus(found: Findings) -> list[str]:
+    """A line where the study was given fewer trials than it has."""
+    begun, asked = len(found.rows), found.plan.trials
+    if begun <= asked:
+        return []
+    return [f"the study has {begun} trials already, more than the {asked} asked for: no new one was begun"]
+
+
+def _why_nothing(found: Findings, options: TuneOptions) -> str:
+    for row in found.rows:
+        if row.reason:
+            log = options.out / "trials" / f"{row.trial:04d}" / LOG
+            return f"{found.words()[0]}; the first reason: {row.reason}; see {log}"
+    return found.words()[0]
+
+
+def _unfinished(found: Findings, options: TuneOptions) -> list[str]:
+    """What is left to do for the study, a line each; empty if it is over."""
+    lines, asked, begun = [], found.plan.trials, len(found.rows)
+    if count := found.counts.get("open", 0):
+        lines.append(
+            f"{count} trial(s) of {options.out} are not over: other workers have them, or the next start"
         )
-
-
-def _say_what_is_open(found: Findings, options: TuneOptions) -> None:
-    count = found.counts.get("open", 0)
-    if count:
-        print(f"{count} trial(s) of {options.out} are not over: other workers have them, or the next start")
-    missing = found.plan.trials - len(found.rows)
-    if missing > 0:
-        print(f"{missing} of {found.plan.trials} trials were not begun; the same command goes on")
+    if begun < asked:
+        lines.append(f"{asked - begun} of {asked} trials were not begun")
+    return lines

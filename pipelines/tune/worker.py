@@ -7,14 +7,18 @@ import multiprocessing
 import sys
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 from embeddings.agreement import from_rank_0
 from pipelines.console import quiet_third_parties
 from pipelines.tune.plan import StudyPlan
 from pipelines.tune.report import value_text, write_findings
-from pipelines.tune.study import Claim, Outcome, SharedStudy
+from pipelines.tune.study import Claim, Outcome, SharedStudy, Validation
 from pipelines.tune.trial import LOG, run_trial
 from trainer.ranks.process_group import Ranks, process_group
+
+# The characters of a reason that a line shows.
+_REASON = 80
 
 
 def work(plan: StudyPlan, folder: Path, url: str) -> bool:
@@ -41,9 +45,9 @@ def _take_turns(plan: StudyPlan, folder: Path, ranks: Ranks, opened: list[Shared
     # A trial's own lines go to a file meanwhile.
     console = sys.stdout
 
-    def report(step: int, value: float) -> bool:
-        pruned = opened[0].report(step, value)
-        line = f"trial {opened[0].number}: {plan.settings.metric} {value:.5f} after step {step:,}"
+    def report(seen: Validation) -> bool:
+        pruned = opened[0].report(seen)
+        line = f"trial {opened[0].number}: {plan.settings.metric} {seen.value:.5f} after step {seen.step:,}"
         print(line, file=console, flush=True)
         return pruned
 
@@ -76,18 +80,19 @@ def _claim(shared: SharedStudy) -> Claim | None:
 def _finish(opened: list[SharedStudy], outcome: Outcome) -> None:
     shared = opened[0]
     number = shared.number
-    shared.finish(outcome)
+    whole = shared.finish(outcome)
     with shared.alone():
         write_findings(shared)
     told = {
-        "complete": f"complete, {shared.plan.settings.metric} {outcome.value:.5f}",
+        "complete": f"complete, {shared.plan.settings.metric} {whole.value:.5f}",
         "pruned": "pruned",
-        "failed": f"failed: {outcome.reason}",
-        "stopped": "stopped as asked, and saved; the same command goes on with it",
+        # The first reason comes in full at the end of a study without any value.
+        "failed": f"failed: {shorten(whole.reason, _REASON, placeholder=' ...')}",
+        "stopped": "stopped as asked; the same command goes on with it",
     }
     place = shared.run_folder(number) / LOG
-    where = f"; see {place}" if outcome.state == "failed" else ""
-    _say(f"trial {number}: {told[outcome.state]}, {outcome.steps:,} steps, {outcome.cpu_s:,.0f} CPU s{where}")
+    where = f"; see {place}" if whole.state == "failed" else ""
+    _say(f"trial {number}: {told[whole.state]}, {whole.steps:,} steps, {whole.cpu_s:,.0f} CPU s{where}")
 
 
 def _say(line: str) -> None:

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.tune.plan import StudyPlan
-from pipelines.tune.study import SharedStudy
+from pipelines.tune.study import SharedStudy, Validation
 from pipelines.tune.worker import work
 from tests.helpers.forked import fork, one_thread, wait_all
 from tests.helpers.logs import small_log
 from tests.helpers.studies import plan_of, rows_of
 
-Report = Callable[[SharedStudy, int, float], bool]
+Report = Callable[[SharedStudy, Validation], bool]
 _REPORT: Report = SharedStudy.report
 
 
@@ -35,18 +35,18 @@ def worker(plan: StudyPlan, folder: Path, report: Report = _REPORT) -> Callable[
     return start
 
 
-def dying(shared: SharedStudy, step: int, value: float) -> bool:
+def dying(shared: SharedStudy, seen: Validation) -> bool:
     """The worker gets SIGKILL in the last trial but one, after its last validation and before its end."""
-    pruned = _REPORT(shared, step, value)
-    if (shared.number, step) == (2, 4):
+    pruned = _REPORT(shared, seen)
+    if (shared.number, seen.step) == (2, 4):
         os.kill(os.getpid(), signal.SIGKILL)
     return pruned
 
 
-def pruning(shared: SharedStudy, step: int, value: float) -> bool:
+def pruning(shared: SharedStudy, seen: Validation) -> bool:
     """Trial 1 ends after its first validation."""
-    _REPORT(shared, step, value)
-    return (shared.number, step) == (1, 2)
+    _REPORT(shared, seen)
+    return (shared.number, seen.step) == (1, 2)
 
 
 def on_two_ranks(start: Callable[[], None]) -> list[int]:
@@ -80,8 +80,11 @@ def main(root: Path) -> None:
     codes["many"] = wait_all([fork(worker(plan, many)) for _ in range(3)])
     codes["ranks"] = on_two_ranks(worker(plan, ranks, pruning))
     found = {folder.name: rows_of(folder) for folder in (whole, killed, many, ranks)}
-    logs = [(killed / "trials" / "0002" / "train.log").read_text()]
-    report = {"codes": codes, "rows": found, "before": first, "log": logs[0]}
+    logs = {
+        name: (folder / "trials" / trial / "train.log").read_text()
+        for name, folder, trial in (("killed", killed, "0002"), ("pruned", ranks, "0001"))
+    }
+    report = {"codes": codes, "rows": found, "before": first, "logs": logs}
     (root / "report.json").write_text(json.dumps(report))
 
 

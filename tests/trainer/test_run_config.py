@@ -213,6 +213,18 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("data = [")
     with pytest.raises(ConfigError, match=r"bad\.toml: not readable as TOML"):
         load_config(tmp_path / "bad.toml")
+    for text, words in (
+        (
+            "groups.*.dim = 4",
+            "a key with such a character, or a star, must be in quotes (at line 1, column 8)",
+        ),
+        ("a = 1\na = 2\n", "this key is given twice (at line 2, column 6)"),
+        ("[train]\n[train]\n", "this section is given twice, or is a value elsewhere (at line 2, column 7)"),
+    ):
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / "bad.toml")
+        assert str(caught.value) == f"{tmp_path}/bad.toml: not readable as TOML: {words}"
 
 
 @pytest.mark.parametrize(

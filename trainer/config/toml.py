@@ -35,6 +35,16 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# The beginning of what tomllib says of a file -> the same with what to do.
+_TOML_WORDS = (
+    ("Invalid initial character for a key part", "a key with such a character, or a star, must be in quotes"),
+    ("Cannot overwrite a value", "this key is given twice"),
+    ("Cannot declare ", "this section is given twice, or is a value elsewhere"),
+    (
+        "Cannot mutate immutable namespace",
+        "what is written in { } gets no further keys; put them between these",
+    ),
+)
 # The key that a message begins with.
 _KEY = re.compile(r"[a-z]\w*(\.[\w-]+)*(?=[: ])")
 SettingsType = TypeVar("SettingsType", bound=Settings)
@@ -54,6 +64,10 @@ _VERBS: dict[str, tuple[set[str], str]] = {
         {"http", "grpc", "inference", "limits", "batching", "user_states", "hot_rows", "updates", "access"}
         | {"logs", "traces", "drain"},
         "one with sections such as [http] and [limits]; every key has a default, see docs/config.md",
+    ),
+    "tune --space": (
+        {"study", "trial", "parameters"},
+        "one with [parameters], such as configs/spaces/rates.toml",
     ),
 }
 
@@ -242,7 +256,7 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Iterator[tuple[Path, dict[
         advice = f", which {extending[-1]} extends" if extending else "; configs/ holds ready ones"
         raise ConfigError(f"{path}: no such file{advice}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+        raise ConfigError(f"{path}: not readable as TOML: {_toml_words(str(error))}") from None
     base = tree.pop("extends", None)
     yield path, tree
     if base is None:
@@ -257,6 +271,14 @@ def _read(path: Path, extending: tuple[Path, ...]) -> Iterator[tuple[Path, dict[
     if start.resolve() in chain:
         raise ConfigError(f"{path}: extends {base}, which leads back to itself")
     yield from _read(start.resolve() if is_remote(start) else start, chain)
+
+
+def _toml_words(message: str) -> str:
+    """What tomllib says, with what to do where its own words leave that open."""
+    for words, advice in _TOML_WORDS:
+        if message.startswith(words):
+            return f"{advice}{message[message.rfind(' (at ') :]}"
+    return message
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Trainer:
 
     Attributes:
         stopped: training ended because it was asked to, before its end.
+        pruned: the same by `after_validation`; nobody goes on with it, and so it is not saved.
     """
 
     def __init__(
@@ -80,12 +81,12 @@ class Trainer:
         self.at = Position()
         # Called with the number of steps done, after whatever else belongs to the step.
         self.after_step: Callable[[int], None] | None = None
-        # The same after each validation, with what was measured; -> whether to stop there, on all ranks.
-        self.after_validation: Callable[[int, SplitMetrics], bool] | None = None
+        # After each validation, with what was measured and whether it is the last; -> whether to prune here.
+        self.after_validation: Callable[[int, SplitMetrics, bool], bool] | None = None
         self.meter = Meter(ranks.device)
         self.saver = Saver(folder.checkpoints, config.checkpoint, say, ranks.local_world_size, touched)
         self.interrupts = Interrupts(config.checkpoint)
-        self.stopped = False
+        self.stopped = self.pruned = False
 
     def run(self, start: checkpoint.ResumePoint) -> Position:
         """Train from a checkpoint, or the beginning, to the end or a stop signal; returns where it ended.
@@ -119,7 +120,7 @@ class Trainer:
                     self._back_to_best()
                 # The step may be one of those after which a save was due.
                 self.saver.settle()
-                if self.saver.saved != self.at.step:
+                if self.saver.saved != self.at.step and not self.pruned:
                     self._save(last=True)
                 self.saver.settle(last=True)
         return self.at
@@ -256,7 +257,7 @@ class Trainer:
 
     def _run_over(self) -> bool:
         """Whether training ends here, whatever is left of its phases."""
-        return self.stopped or 0 < self.config.train.max_steps <= self.at.step
+        return self.stopped or self.pruned or 0 < self.config.train.max_steps <= self.at.step
 
     def _phase_over(self) -> bool:
         return self.course.done(self.at) or self._run_over()
@@ -308,8 +309,8 @@ class Trainer:
         self.say(f"validation after step {self.at.step}{sampled}:{metrics.text()}")
         if line := self.validation.judge(self.at, self.course.phase, metrics):
             self.say(line)
-        if self.after_validation is not None and self.after_validation(self.at.step, metrics):
-            self.stopped = self.course.share(self.at) < 1
+        if self.after_validation is not None:
+            self.pruned = self.after_validation(self.at.step, metrics, self.course.share(self.at) >= 1)
         # Time that no step has taken.
         self.meter.take_time()
 
@@ -384,8 +385,7 @@ class Trainer:
             besides += self.course.fork.files(self.at)
         from_rank_0(lambda: self.log.keep(self.config.checkpoint.on_error == "continue"))
         tensors = {**self.course.tensors(), **self.course.averaging.tensors(), **self.validation.tensors()}
-        best = state["best"]["step"]
-        self.saver.save(self.at.step, tensors, state, best=best, last=last, besides=besides)
+        self.saver.save(self.at.step, tensors, state, best=state["best"]["step"], last=last, besides=besides)
         self.interrupts.restart_clock()
         # Time that no step has taken.
         self.meter.take_time()

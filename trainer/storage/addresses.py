@@ -25,6 +25,10 @@ _SIGNED = re.compile(
 )
 
 
+# Addresses of SQLAlchemy, as `postgresql+psycopg://host/db`.
+_DATABASE = re.compile(r"(postgres|postgresql|mysql|mariadb|oracle|mssql|sqlite)(\+\w+)?://", re.IGNORECASE)
+
+
 class Address(NamedTuple):
     """`protocol://host` and `rest`, which begins with a slash or is empty; the protocol in small letters."""
 
@@ -71,10 +75,12 @@ def address_of(text: str) -> Address | None:
 def refuse_secrets(text: str) -> None:
     """Raises ConfigError where an address in a text has credentials in it."""
     if without_secrets(text) != text:
+        by = "by AWS_PROFILE, the other variables of AWS, or ~/.aws (see docs/object_storage.md)"
+        if _DATABASE.search(text):
+            by = "to the database's driver, in ~/.pgpass or ~/.my.cnf (see docs/tuning.md)"
         raise ConfigError(
             f"{without_secrets(text)}: credentials in an address would end up in logs and configs; leave "
-            "them out, and give them by AWS_PROFILE, the other variables of AWS, or ~/.aws (see "
-            "docs/object_storage.md)"
+            f"them out, and give them {by}"
         )
 
 

@@ -131,6 +131,7 @@ def test_grids() -> None:
 
 
 REFUSED = {
+    "": "parameters: is empty: name a key to search, such as train.learning_rate = { low",
     "a.b = 3": "a.b is no parameter: write { low = ..., high = ... } or { choices = [...] }",
     "a.b = { low = 1 }": "needs both low and high, or choices",
     "a.b = { low = 2, high = 1 }": "low = 2 must be less than high = 1",
@@ -149,6 +150,17 @@ def test_what_is_no_parameter(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"space\.toml") as error:
         read_space(file)
     assert REFUSED[text] in str(error.value)
+
+
+def test_what_is_no_space(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.toml: no such file; configs/spaces/ holds ready ones"):
+        read_space(tmp_path / "nothing.toml")
+    (tmp_path / "config.toml").write_text("[train]\nepochs = 2\n")
+    with pytest.raises(ConfigError, match=r"config of `train`; `tune --space` wants one with \[parameters\]"):
+        read_space(tmp_path / "config.toml")
+    (tmp_path / "bare.toml").write_text("[study]\ntrials = 2\n")
+    with pytest.raises(ConfigError, match="parameters: is empty"):
+        read_space(tmp_path / "bare.toml")
 
 
 def test_dots_make_sections_with_and_without_quotes(tmp_path: Path) -> None:

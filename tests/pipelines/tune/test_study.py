@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from embeddings.errors import ConfigError
-from pipelines.tune.plan import StudyPlan
-from pipelines.tune.study import Claim, Outcome, SharedStudy
+from pipelines.tune.plan import StudyPlan, read_plan
+from pipelines.tune.report import TrialRow
+from pipelines.tune.study import Claim, Outcome, SharedStudy, Validation
 from tests.helpers.logs import small_log
-from tests.helpers.studies import BUDGET, RATES, STUDY, plan_of, shared
+from tests.helpers.studies import BUDGET, CONFIG, RATES, STUDY, given, plan_of, shared, space_in
 
 GRID = """
 [parameters]
@@ -96,24 +98,28 @@ def test_pruned_trials_stay_pruned_when_taken_up(log: Path, tmp_path: Path) -> N
     plan = plan_of(tmp_path / "plan", log, median, BUDGET, RATES)
     study = shared(plan, tmp_path)
     study.claim()
-    assert not study.report(2, 0.6)
+    assert not study.report(Validation(2, 0.6))
     study.finish(Outcome("complete", 0.7, 4))
     study.claim()
-    assert study.report(2, 0.5)
+    assert study.report(Validation(2, 0.5, cpu_s=3.0))
     study.close()
     again = shared(plan, tmp_path)
     claim = again.claim()
     assert claim is not None and (claim.number, claim.pruned) == (1, True)
-    again.finish(Outcome("pruned", steps=2))
+    # What it had trained before its worker died counts, too.
+    assert again.finish(Outcome("pruned", cpu_s=0.5)) == Outcome("pruned", nan, 2, 3.5)
     assert [trial.state.name for trial in again.trials] == ["COMPLETE", "PRUNED"]
+    assert [TrialRow.of(trial, plan).steps for trial in again.trials] == [4, 2]
+    again.claim()
+    assert not again.report(Validation(2, 0.4, last=True))
 
 
 def test_validations_that_are_repeated_count_once(plan: StudyPlan, tmp_path: Path) -> None:
     study = shared(plan, tmp_path)
     study.claim()
     for step, value in ((2, 0.6), (4, 0.7), (2, 0.1), (4, 0.1)):
-        assert not study.report(step, value)
-    assert not study.report(6, float("nan"))
+        assert not study.report(Validation(step, value))
+    assert not study.report(Validation(6, nan))
     assert study.trials[0].intermediate_values == {2: 0.6, 4: 0.7}
 
 
@@ -122,9 +128,20 @@ def test_a_key_that_changes_others_is_not_the_configuration_as_it_is(log: Path, 
     text = '[parameters]\n"groups.attention.init_scale" = { low = 0.1, high = 1.0 }\n'
     plan = plan_of(tmp_path / "plan", log, STUDY, BUDGET, text)
     (why,) = plan.outside
-    assert "groups.attention.init = uniform, and not normal; set groups.attention.init" in why
-    said = plan_of(tmp_path / "said", log, STUDY, BUDGET, text, groups__attention__init="normal")
+    line = 'groups.attention.init = "normal"'
+    assert "groups.attention.init = uniform, and not normal; to keep that, write " + line in why
+    said = plan_of(tmp_path / "said", log, STUDY, f"{BUDGET}[trial]\n{line}\n", text)
     assert said.outside == [] and said.defaults == {"groups.attention.init_scale": 0.25}
+
+
+def test_all_is_said_of_tied_keys_that_differ_and_change_others(log: Path, tmp_path: Path) -> None:
+    keys = 'keys = ["groups.attention.init_scale", "groups.representation.init_scale"]'
+    plan = plan_of(
+        tmp_path, log, STUDY, BUDGET, f"[parameters]\nscale = {{ {keys}, low = 0.1, high = 1.0 }}\n"
+    )
+    differ, along = plan.outside
+    assert differ.startswith("scale: its keys differ: groups.attention.init_scale = 0.25, ")
+    assert along.startswith("scale: a trial that sets its keys has groups.attention.init = uniform, and not ")
 
 
 def test_a_grid_is_walked_through_once(log: Path, tmp_path: Path) -> None:
@@ -151,12 +168,23 @@ def test_other_studies_are_refused(plan: StudyPlan, log: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match=re.escape("train.seed was 17, is 3")):
         shared(other, tmp_path)
     narrow = plan_of(tmp_path / "narrow", log, STUDY, BUDGET, RATES.replace("3e-4", "1e-3"))
-    with pytest.raises(
-        ConfigError, match=r"parameters\.train\.learning_rate was 0\.0003 to 0\.03.*another --out"
-    ):
+    was = "parameters.train.learning_rate was { low = 0.0003, high = 0.03, log = true }, is { low = 0.001, "
+    with pytest.raises(ConfigError, match=f"{re.escape(was)}.*another --out"):
         shared(narrow, tmp_path)
+    linear = plan_of(tmp_path / "linear", log, STUDY, BUDGET, RATES.replace("3e-2, log = true", "3e-2"))
+    with pytest.raises(ConfigError, match=r"log = true }, is { low = 0.0003, high = 0.03 }"):
+        shared(linear, tmp_path)
+    second = small_log(tmp_path / "second", seed=2)
+    with pytest.raises(ConfigError) as error:
+        shared(plan_of(tmp_path / "data", second, trials=6), tmp_path)
+    assert re.search(rf"the log was {log} \([0-9a-f]{{8}}\), is {second} \([0-9a-f]{{8}}\)", str(error.value))
     more = plan_of(tmp_path / "more", log, trials=7)
-    assert [claim.number for claim in all_claims(shared(more, tmp_path))] == [6]
+    study = shared(more, tmp_path)
+    assert [claim.number for claim in all_claims(study)] == [6]
+    # As the first version of studies has kept its ranges.
+    ranges = {f"parameters.{each.name}": f"{each.range} {each.keys}" for each in more.parameters}
+    study.study.set_user_attr("facts", {**more.facts, **ranges})
+    assert len(shared(more, tmp_path).trials) == 7
 
 
 def test_a_database_keeps_trials_too(plan: StudyPlan, tmp_path: Path) -> None:
@@ -190,6 +218,12 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {},
         "set by two",
     ),
+    "keys": ((STUDY, BUDGET, RATES, "x = { keys = ['model.k', 'model.k'], low = 1, high = 2 }"), {}, "twice"),
+    "trial": (
+        (STUDY, BUDGET + "learning_rate = 0.1\n", RATES),
+        {},
+        "[trial] sets train.learning_rate=0.1: [parameters] searches that, by train.learning_rate",
+    ),
     "set": ((STUDY, BUDGET, RATES), {"train__learning_rate": 0.1}, "searches that, by train.learning_rate"),
     "pruner": ((STUDY.replace('"none"', '"median"'), RATES), {}, "set validate_every in [trial.train]"),
     "task": ((STUDY + "task = 'buy'", BUDGET, RATES), {}, "study.task = 'buy': no such task"),
@@ -202,3 +236,9 @@ def test_what_does_not_fit_is_refused_before_the_first_trial(case: str, log: Pat
     parts, changes, message = REFUSED[case]
     with pytest.raises(ConfigError, match=re.escape(message)):
         plan_of(tmp_path, log, *parts, **changes)
+
+
+def test_a_whole_section_is_held_against_parameters(log: Path, tmp_path: Path) -> None:
+    overrides = [*given(log), "train={ learning_rate = 0.1 }"]
+    with pytest.raises(ConfigError, match=r"searches that, by train\.learning_rate; leave"):
+        read_plan(CONFIG, space_in(tmp_path), overrides)

@@ -26,7 +26,7 @@ def test_a_killed_study_ends_as_an_uninterrupted_one(report: dict[str, Any]) -> 
     assert len(whole) == 4
     assert [*map(result, killed)] == [*map(result, whole)]
     assert [row["starts"] for row in killed] == [1, 1, 2, 1]
-    assert "resumed from" in report["log"]
+    assert "resumed from" in report["logs"]["killed"]
 
 
 def test_workers_share_the_trials_of_one_study(report: dict[str, Any]) -> None:
@@ -48,3 +48,6 @@ def test_ranks_end_a_trial_together(report: dict[str, Any]) -> None:
     assert [row["steps"] for row in rows] == [rows[0]["steps"], 2, rows[0]["steps"], rows[0]["steps"]]
     assert list(rows[1]["validations"]) == ["2"]
     assert rows[1]["value"] is None
+    log = report["logs"]["pruned"]
+    assert "step-00000001" in log and "step-00000002" not in log
+    assert log.rstrip().endswith("pruned after step 2: nothing more is saved")

@@ -105,6 +105,21 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(
         assert "hush" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("s3://KEY:hush@bucket/log", "give them by AWS_PROFILE"),
+        ("postgresql://me:hush@host/db", "give them to the database's driver, in ~/.pgpass or ~/.my.cnf"),
+        ("mysql+pymysql://me:hush@host:3306/db", "give them to the database's driver"),
+        ("postgresql+psycopg://host/db?user=me&password=hush", "give them to the database's driver"),
+    ],
+)
+def test_credentials_go_to_what_reads_them(text: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        refuse_secrets(text)
+    assert told in str(caught.value) and "***" in str(caught.value) and "hush" not in str(caught.value)
+
+
 def test_what_is_blotted_out_reads_like_an_address() -> None:
     for text, says in (
         ("got s3://KEY:a/b@bucket/x.", "got s3://***@bucket/x."),
