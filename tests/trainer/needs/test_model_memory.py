@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused_and_named(
 
 
 def test_the_limit_of_collisions_is_half_of_a_ranks_memory() -> None:
-    config = load_config(CONFIGS / "sdim.toml", ["data.history_length=100"])
+    config = load_config(CONFIGS / "sdim.toml", ["data.history_length=100", "model.hash_bits=3"])
     size = StepSize(behaviors=2000, candidates=100, requests=50, blocks=((80, 4), (300, 9)), source="here")
     # 128 buckets, windows of 100, and 25 or 50 requests on a rank.
     need = 128 * 100 * 25 * 4
