@@ -24,9 +24,10 @@ LINES = {
 """The lines to beat, by the names of their runs -> as headings."""
 INTRODUCTION = """
 Every preset beside every other, on whole passes over each log. A row is the mean and the standard deviation
-over seeds; *passes* are those over the training split. The rates are those of the preset (`own`) or chosen
-for the log by `tandemrec tune` on the validation split (`tuned`). *search*: the width of the vectors that
-stage one compares, and K. *weights*: dense ones + those of tables. *samples / CPU s*: of training.
+over seeds; *passes* are those over the training split. The rates are those of the preset (`own`, see
+[rates.md](rates.md)) or chosen for the log by `tandemrec tune` on the validation split (`tuned`). *search*:
+the width of the vectors that stage one compares, and K. *weights*: dense ones + those of tables. *samples /
+CPU s*: of training.
 
 Four lines are there to be beaten. *own count*: how often the user's past holds the candidate's finest
 category (its item where there is none), without any training. *label rate*: the mean labels of the user and
