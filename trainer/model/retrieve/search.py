@@ -248,8 +248,12 @@ def ranked_columns(score_RX: Tensor, k: int, doubt: Doubt | None = None) -> tupl
         if row.numel():
             exact = value.double()
             exact[row, place] = doubt.exact(row, column[row, place])
-            rows = row.unique()
-            order[rows] = exact[rows].sort(dim=1, descending=True, stable=True).indices
+            if row.device.type != "cpu":
+                # Which rows these are, a device would have to be asked.
+                order = exact.sort(dim=1, descending=True, stable=True).indices
+            else:
+                rows = row.unique()
+                order[rows] = exact[rows].sort(dim=1, descending=True, stable=True).indices
     return column.gather(1, order), real.gather(1, order)
 
 
