@@ -31,10 +31,9 @@ def best_toml(plan: StudyPlan, drawn: Mapping[str, Any], folder: Path, words: Se
         words: how it was found, a line each.
     """
     overrides = plan.overrides(drawn)
-    tree = Sources.read(plan.config, overrides).tree()
     places = _places(plan, overrides)
-    for key, place in places.items():
-        _put(tree, key.split("."), place)
+    placing = [f"{key}={literal(place)}" for key, place in places.items()]
+    tree = Sources.read(plan.config, (*overrides, *placing)).tree()
     chosen = overrides[len(plan.budget) + len(plan.given) :]
     budget = {_key_of(override) for override in plan.budget}
     given = [override for override in plan.given if _key_of(override) not in budget]
@@ -56,13 +55,6 @@ def _places(plan: StudyPlan, overrides: Sequence[str]) -> dict[str, str]:
     settings = load_config(plan.config, overrides)
     there, here = (dict(flat_settings(each.model_dump(mode="json"))) for each in (placed(settings), settings))
     return {key: place for key, place in there.items() if place != here[key]}
-
-
-def _put(tree: dict[str, Any], parts: Sequence[str], place: str) -> None:
-    *sections, last = parts
-    for section in sections:
-        tree = tree.setdefault(section, {})
-    tree[last] = place
 
 
 def _key_of(override: str) -> str:

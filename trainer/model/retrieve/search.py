@@ -248,12 +248,9 @@ def ranked_columns(score_RX: Tensor, k: int, doubt: Doubt | None = None) -> tupl
         if row.numel():
             exact = value.double()
             exact[row, place] = doubt.exact(row, column[row, place])
-            if row.device.type != "cpu":
-                # Which rows these are, a device would have to be asked.
-                order = exact.sort(dim=1, descending=True, stable=True).indices
-            else:
-                rows = row.unique()
-                order[rows] = exact[rows].sort(dim=1, descending=True, stable=True).indices
+            # A device would have to be asked which rows these are, so it sorts all.
+            rows = row.unique() if row.device.type == "cpu" else slice(None)
+            order[rows] = exact[rows].sort(dim=1, descending=True, stable=True).indices
     return column.gather(1, order), real.gather(1, order)
 
 
